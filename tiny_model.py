@@ -1,0 +1,105 @@
+"""Makes a tiny checkpoint with random weights, to try every step of the pipeline without a download or a GPU.
+
+    python tiny_model.py make --config configs/tiny_llama.json --data_path alpaca_data.json --output_dir tiny_llama
+
+The tokenizer is trained on the data: sentencepiece BPE with byte fallback for LLaMA, byte-level BPE for OPT, the files
+as the original checkpoints carry them. The model knows nothing until `train.py` has taught it.
+"""
+
+import os
+
+from utils import PROMPT_DICT, UserError, jdump, jload, load_examples, run_cli
+
+
+def make(
+    config: str, data_path: str, output_dir: str, vocab_size: int = 0, seed: int = 0, dtype: str = "float32"
+) -> None:
+    """Writes a randomly initialised checkpoint and a tokenizer trained on `data_path`.
+
+    Args:
+        config: a transformers config.json; its `model_type` is llama or opt.
+        data_path: Alpaca-format data, the text that the tokenizer is trained on.
+        output_dir: a folder that is new or empty.
+        vocab_size: rows of the embedding; the config's own number when 0.
+        seed: of the weights.
+        dtype: of the saved weights: float32, float16 or bfloat16.
+    """
+    if os.path.isdir(output_dir) and os.listdir(output_dir):
+        raise UserError(f"{output_dir} is not empty; name a new folder")
+    settings = jload(config)
+    trainers = {"llama": _train_sentencepiece, "opt": _train_byte_level_bpe}
+    if settings.get("model_type") not in trainers:
+        raise UserError(f"{config}: model_type must be llama or opt, found {settings.get('model_type')!r}")
+    settings["vocab_size"] = vocab_size or settings["vocab_size"]
+    texts = [text for example in load_examples(data_path) for text in (example["instruction"], example["output"])]
+    os.makedirs(output_dir, exist_ok=True)
+    trainers[settings["model_type"]]([*PROMPT_DICT.values(), *texts], settings["vocab_size"], output_dir)
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    kind = settings.pop("model_type")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    model.to(getattr(torch, dtype)).save_pretrained(output_dir)
+    print(f"{output_dir}: {kind} with {model.num_parameters():,} random parameters, {settings['vocab_size']:,} tokens")
+
+
+def _train_sentencepiece(texts: list[str], vocab_size: int, output_dir: str) -> None:
+    """LLaMA's settings: BPE, byte fallback, split digits, <unk> 0, <s> 1, </s> 2, no pad token."""
+    import sentencepiece
+
+    with open(os.path.join(output_dir, "tokenizer.model"), "wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            character_coverage=0.9995,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    jdump(
+        {
+            **tokens,
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 2048,
+            "legacy": True,
+        },
+        os.path.join(output_dir, "tokenizer_config.json"),
+    )
+    jdump(tokens, os.path.join(output_dir, "special_tokens_map.json"))
+
+
+def _train_byte_level_bpe(texts: list[str], vocab_size: int, output_dir: str) -> None:
+    """OPT's settings: GPT-2's byte-level BPE with <s> 0, <pad> 1, </s> 2, <unk> 3; </s> is BOS, EOS and UNK at once."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.save_model(output_dir)
+    tokens = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    jdump(
+        {
+            **tokens,
+            "tokenizer_class": "GPT2Tokenizer",
+            "add_bos_token": True,
+            "add_prefix_space": False,
+            "errors": "replace",
+        },
+        os.path.join(output_dir, "tokenizer_config.json"),
+    )
+    jdump(tokens, os.path.join(output_dir, "special_tokens_map.json"))
+
+
+if __name__ == "__main__":
+    run_cli({"make": make})

@@ -1,0 +1,310 @@
+"""What more than one script needs: prompt templates, JSON in and out, command lines, the special-token resize.
+
+Importing this module loads neither torch, transformers nor openai, so that every `--help` answers at once.
+"""
+
+import contextlib
+import difflib
+import inspect
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any
+
+# The format that Alpaca models were trained on. A byte changed here changes every model trained with it.
+PROMPT_DICT = {
+    "prompt_input": (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    ),
+    "prompt_no_input": (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:"
+    ),
+}
+
+
+class UserError(Exception):
+    """A user's mistake. Its text is one line: what was found, what was expected, what to do next."""
+
+
+def format_prompt(example: Mapping[str, Any]) -> str:
+    """Puts an example into the training template that fits it.
+
+    Args:
+        example: has `instruction` and may have `input`; an empty, null or absent input selects the no-input template.
+
+    Returns:
+        The prompt up to and including `### Response:`, to which the model adds its answer.
+    """
+    # str.replace, not str.format: braces in the data are data.
+    template = PROMPT_DICT["prompt_input" if example.get("input") else "prompt_no_input"]
+    head, _, tail = template.partition("{instruction}")
+    return head + example["instruction"] + tail.replace("{input}", example.get("input") or "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """Opens a file that appears under `path` whole, when the block ends without an error, or not at all.
+
+    The bytes go to a temporary file in the same folder, are fsynced and then renamed over `path`, so that neither a
+    crash nor a full disk leaves half a file or destroys the one that was there.
+
+    Args:
+        path: the target; its folder is made where it is missing. A symbolic link is followed, not replaced.
+        mode: "w" for UTF-8 text or "wb" for bytes.
+
+    Yields:
+        The open temporary file.
+    """
+    path = os.path.realpath(path)
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=".tmp")
+    try:
+        with open(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def jdump(obj: Any, f: str | os.PathLike | IO, mode: str = "w", indent: int = 4, default: Callable = str) -> None:
+    """Writes a dict or list as JSON, or a string as it is.
+
+    Args:
+        obj: a dict, a list or a str.
+        f: a path (written atomically; with mode "a" appended to) or an open text file, which is closed afterwards.
+        mode: "w" or "a".
+        indent: spaces per level.
+        default: what JSON does with a value that it doesn't know.
+
+    Raises:
+        ValueError: `obj` is of another type; nothing is written.
+    """
+    if not isinstance(obj, (dict, list, str)):
+        raise ValueError(f"jdump writes a dict, list or str; got {type(obj).__name__}")
+    text = obj if isinstance(obj, str) else json.dumps(obj, indent=indent, default=default, ensure_ascii=False)
+    if isinstance(f, io.IOBase):
+        with f:
+            f.write(text)
+    elif mode == "w":
+        with atomic_write(f) as file:
+            file.write(text)
+    else:
+        with open(f, mode, encoding="utf-8") as file:
+            file.write(text)
+
+
+def jload(f: str | os.PathLike | IO, mode: str = "r") -> Any:
+    """Reads one JSON value from a path or an open file, which is closed afterwards.
+
+    Raises:
+        UserError: the file is missing, is no UTF-8 text or no JSON; the message has file, line and column.
+    """
+    name = getattr(f, "name", f)
+    try:
+        with f if isinstance(f, io.IOBase) else open(f, mode, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text (byte {error.start}); expected JSON") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
+
+
+def load_records(path: str | os.PathLike) -> list[tuple[str, dict]]:
+    """Reads a list of JSON objects, from a JSON array or from JSON Lines (one object a line, blank lines skipped).
+
+    Returns:
+        A pair for each object: where it stands, for messages ("data.json, record 3" counted from 0 as
+        `json.load(...)[3]` is, or "data.jsonl, line 4" counted from 1 as editors do), and the object.
+
+    Raises:
+        UserError: the file is missing, empty, not JSON, or holds something else than objects.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); expected JSON or JSON Lines") from error
+    if text.lstrip().startswith("["):
+        try:
+            found = [(f"{path}, record {i}", record) for i, record in enumerate(json.loads(text))]
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
+    else:
+        found = []
+        for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand in a string
+            if line.strip():
+                try:
+                    found.append((f"{path}, line {number}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}, line {number}, column {error.colno}: not JSON ({error.msg})") from error
+    for where, record in found:
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: expected an object with named fields, found {type(record).__name__}")
+    if not found:
+        raise UserError(f"{path} holds no records; expected a JSON list or one JSON object a line")
+    return found
+
+
+def load_examples(path: str | os.PathLike, *, require_output: bool = True) -> list[dict[str, str]]:
+    """Reads instruction-following data in Alpaca's format and checks it record by record.
+
+    Args:
+        path: JSON (a list) or JSON Lines of objects with `instruction`, an optional `input`, and `output`.
+        require_output: whether a record without an `output`, or with an empty one, is refused.
+
+    Returns:
+        The records in file order, further fields kept; a missing or null `input` becomes "".
+
+    Raises:
+        UserError: names the first record that is wrong and what was found there.
+    """
+    examples = []
+    for where, record in load_records(path):
+        example = {**record, "input": "" if record.get("input") is None else record["input"]}
+        for field in ("instruction", "input", "output") if require_output else ("instruction", "input"):
+            if field not in example:
+                raise UserError(f"{where}: no '{field}'; found the fields {', '.join(map(repr, record)) or 'none'}")
+            if not isinstance(example[field], str):
+                found = type(example[field]).__name__
+                raise UserError(f"{where}: '{field}' must be text, found {found} {str(example[field])[:40]!r}")
+            if field != "input" and not example[field].strip():
+                raise UserError(f"{where}: '{field}' is empty")
+        examples.append(example)
+    return examples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines
+
+
+def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> None:
+    """Runs one of several commands from the command line through fire, the way every script here does it.
+
+    Names and flags are checked before anything runs. Values take the type of their parameter: fire alone would read
+    the instruction "1,2" as a tuple. `--flag`, `--flag True`, `--flag=False` and `--noflag` all set a bool. What a
+    command returns is for Python callers and isn't printed.
+
+    Args:
+        commands: name on the command line -> function.
+        argv: the arguments; `sys.argv[1:]` when None.
+
+    Raises:
+        SystemExit: with status 2 and one line on stderr for a user's mistake; 130 after Ctrl-C.
+    """
+    import fire
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not argv:
+            raise UserError(f"no command given; there are {', '.join(commands)} (--help tells more)")
+        if not argv[0].startswith("-"):
+            command = _nearest(argv[0].replace("-", "_"), commands, "command")
+            asks_help = {"-h", "--help"} & set(argv)
+            argv = [command, *(["--help"] if asks_help else _checked_flags(commands[command], command, argv[1:]))]
+        typed = {name: _with_parsers(function) for name, function in commands.items()}
+        fire.Fire(typed, command=argv, serialize=lambda _: None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _nearest(name: str, known: Mapping[str, Any], kind: str) -> str:
+    if name in known:
+        return name
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    raise UserError(f"unknown {kind} {name}; {hint}")
+
+
+def _checked_flags(function: Callable, command: str, arguments: list[str]) -> list[str]:
+    """Refuses unknown flags, stray values, wrong types and missing flags; the first mistake is reported.
+
+    Returns:
+        The flags as `--name=value`, the one form in which fire takes a value that starts with a dash.
+    """
+    flags = {f"--{name}": parameter for name, parameter in inspect.signature(function).parameters.items()}
+    given, waiting = {}, list(arguments)
+    while waiting:
+        flag, has_value, value = waiting.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise UserError(f"unexpected argument {flag!r}; {command} takes its values by flags: {' '.join(flags)}")
+        flag = "--" + flag[2:].replace("-", "_")
+        if flag.startswith("--no") and flag not in flags and "--" + flag[4:] in flags:
+            flag, has_value, value = "--" + flag[4:], True, "False"
+        parameter = flags[_nearest(flag, flags, "flag")]
+        if not has_value and waiting and not waiting[0].startswith("--"):
+            value = waiting.pop(0)
+        elif not has_value and _accepts(parameter, bool):
+            value = "True"
+        elif not has_value:
+            raise UserError(f"{flag} needs a value (one that starts with dashes is written {flag}=VALUE)")
+        _parse(value, parameter)
+        given[flag] = value
+    missing = [flag for flag, parameter in flags.items() if parameter.default is parameter.empty and flag not in given]
+    if missing:
+        raise UserError(f"{command} needs {' and '.join(missing)}; see {command} --help")
+    return [f"{flag}={value}" for flag, value in given.items()]
+
+
+def _accepts(parameter: inspect.Parameter, kind: type) -> bool:
+    return kind.__name__ in str(getattr(parameter.annotation, "__name__", parameter.annotation)).split(" | ") or (
+        kind in getattr(parameter.annotation, "__args__", ())
+    )
+
+
+def _parse(text: str, parameter: inspect.Parameter) -> Any:
+    """Turns a flag's text into its parameter's type; a plain str annotation takes the text as it stands."""
+    if not isinstance(text, str):  # fire hands over True for a bare --flag
+        return text
+    if text == "None" and _accepts(parameter, type(None)):
+        return None
+    readers = {bool: lambda t: {"true": True, "1": True, "false": False, "0": False}[t.lower()], int: int, float: float}
+    expected = [kind for kind in readers if _accepts(parameter, kind)]
+    for kind in expected:
+        with contextlib.suppress(ValueError, KeyError):
+            return readers[kind](text)
+    if not expected or _accepts(parameter, str):
+        return text
+    names = {bool: "True or False", int: "a whole number", float: "a number"}
+    raise UserError(f"--{parameter.name} must be {' or '.join(names[kind] for kind in expected)}, found {text!r}")
+
+
+def _with_parsers(function: Callable) -> Callable:
+    from functools import partial, wraps
+
+    from fire.decorators import SetParseFns
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    parameters = inspect.signature(function).parameters
+    return SetParseFns(**{name: partial(_parse, parameter=p) for name, p in parameters.items()})(call)
