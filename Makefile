@@ -1,34 +1,35 @@
 # make demo: the whole story at toy size.  make test: the whole suite.  Both build .venv first, once.
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint format bench clean
 
-demo: $(VENV)/.run
+demo: .venv/.run
 	@$(BIN)/python demo.py
 
-test: $(VENV)/.dev
+test: .venv/.dev
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.dev
+lint: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-format: $(VENV)/.dev
+format: .venv/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-$(VENV)/.run: requirements.txt
+.venv/.run: requirements.txt
+	@$(PYTHON) -c "" 2>/dev/null || { echo "error: $(PYTHON) does not run; name a Python 3.10 or newer: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) demo.py check
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { echo "error: this Python has no venv module; Debian has it in python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.run requirements-demo.txt requirements-dev.txt
-	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-demo.txt -r requirements-dev.txt
+.venv/.dev: .venv/.run requirements-demo.txt requirements-dev.txt
+	$(PIP) -r requirements.txt -r requirements-demo.txt -r requirements-dev.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf .venv demo_output

@@ -74,7 +74,7 @@ def free_port():
 
 
 def start_replay(port):
-    """Starts the server of recorded completions and waits until it serves; an occupied port ends the demo."""
+    """Starts the server of recorded completions and waits until it serves; a server that cannot ends the demo."""
     command = f"python recordings/replay.py --port {port}"
     print(f"\n$ {command} &", flush=True)
     server = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], stdout=subprocess.PIPE, text=True)
@@ -174,6 +174,9 @@ def main():
     port = os.environ.get("PORT") or str(free_port())
     if not port.isdigit():
         refuse(f"PORT must be a number, found {port!r}")
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", int(port))) == 0:
+            refuse(f"port {port} is occupied; leave PORT out or name another: make demo PORT=8765")
     if os.path.exists(OUTPUT):
         print(f"Removing {OUTPUT}, made by an earlier demo.")
         shutil.rmtree(OUTPUT)

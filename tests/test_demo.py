@@ -1,0 +1,57 @@
+"""What `make demo` does before its first step. The steps themselves are tested with their scripts."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import demo
+
+
+def refusal(capsys, stage) -> str:
+    with pytest.raises(SystemExit) as stop:
+        demo.check(stage)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+    return err
+
+
+def test_old_python_is_refused_with_what_to_type(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18, "final", 0))
+    assert "Python 3.9.18 found, 3.10 or newer needed; name yours: make PYTHON=" in refusal(capsys, "install")
+
+
+def test_full_disk_is_refused_with_what_is_needed(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40 - 2**29, 2**29))
+    assert "0.5 GiB free on this disk, 6 GiB needed to install" in refusal(capsys, "install")
+
+
+def test_occupied_port_is_refused_before_anything_is_removed(root, tmp_path):
+    kept = tmp_path / demo.OUTPUT / "tuned"
+    kept.mkdir(parents=True)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, f"{root}/demo.py"]
+        done = subprocess.run(
+            command, env={**os.environ, "PORT": port}, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: port {port} is occupied; leave PORT out or name another: make demo PORT=8765\n"
+    assert kept.is_dir()
+
+
+@pytest.mark.parametrize("python", ["no-such-python", "false"])
+def test_missing_python_gives_one_line_and_no_environment(root, tmp_path, python):
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(f"{root}/{name}", tmp_path)
+    done = subprocess.run(
+        ["make", "-C", str(tmp_path), f"PYTHON={python}", "demo"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert f"{python} does not run; name a Python 3.10 or newer: make PYTHON=" in done.stderr
+    assert not (tmp_path / ".venv").exists()
