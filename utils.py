@@ -192,7 +192,7 @@ def load_examples(path: str | os.PathLike, *, require_output: bool = True) -> li
                 raise UserError(f"{where}: no '{field}'; found the fields {', '.join(map(repr, record)) or 'none'}")
             if not isinstance(example[field], str):
                 found = type(example[field]).__name__
-                raise UserError(f"{where}: '{field}' must be text, found {found} {str(example[field])[:40]!r}")
+                raise UserError(f"{where}: '{field}' must be text, found {found} {example[field]!r:.40}")
             if field != "input" and not example[field].strip():
                 raise UserError(f"{where}: '{field}' is empty")
         examples.append(example)
