@@ -1,0 +1,257 @@
+"""The diversity figure: instructions labelled by hand, counts checked by hand, files that a browser opens."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+import parse_analysis
+import root_verbs
+from root_verbs import NOTHING, Parse, parse_by_rules
+from utils import UserError
+
+# Instruction, lemma of the root verb, lemma of its direct object's head noun, as a person reads them. Read is the first
+# sentence that asks for something; a question's root verb is its lexical verb; a form of "to be" is none. Names,
+# pronouns, quotations and clauses are no objects ("explain why ..."). Labelled before the rules were written, and not
+# changed since. The rules got 53 of the 60 right on the first run.
+LABELLED = [
+    ("Write a short story about a lighthouse keeper who collects lost letters.", "write", "story"),
+    ("List five household uses for white vinegar.", "list", "use"),
+    ("Please summarise the following article in two sentences.", "summarise", "article"),
+    ("What is the capital of Mongolia?", None, None),
+    ("Explain why bread dough needs to rest.", "explain", None),
+    ("Translate the sentence below into Portuguese.", "translate", "sentence"),
+    ("Give me three synonyms for 'reluctant'.", "give", "synonym"),
+    ("How do I remove red wine stains from a carpet?", "remove", "stain"),
+    ("Classify each of these animals as a mammal, a bird or a reptile.", "classify", "animal"),
+    ("Using the data in the table, calculate the average rainfall for April.", "calculate", "rainfall"),
+    ("Rewrite this email so that it sounds more polite.", "rewrite", "email"),
+    ("Can you suggest a title for my essay on coral reefs?", "suggest", "title"),
+    ("Name two rivers that cross the Alps.", "name", "river"),
+    ("Given a list of integers, return the second largest one without sorting.", "return", None),
+    ("In one paragraph, describe the water cycle to a ten-year-old.", "describe", "cycle"),
+    ("Convert 65 miles per hour to kilometres per hour.", "convert", "mile"),
+    ("Tell me a joke about librarians.", "tell", "joke"),
+    ("Identify the grammatical error and correct it.", "identify", "error"),
+    ("Compare and contrast nuclear fission and nuclear fusion.", "compare", "fission"),
+    ("A shop sells pens at three for two dollars. How much do twelve pens cost?", "cost", None),
+    ("Come up with a slogan for a bicycle repair shop.", "come", None),
+    ("Who invented the printing press?", "invent", "press"),
+    ("Turn the passive sentences into active ones.", "turn", "sentence"),
+    ("First read the review, then decide whether it is positive or negative.", "read", "review"),
+    ("Create a seven-day meal plan for a vegetarian family of four.", "create", "plan"),
+    ("Don't use any adjectives; describe a thunderstorm at sea.", "use", "adjective"),
+    ("Is a tomato a fruit or a vegetable?", None, None),
+    ("Briefly outline the causes of the French Revolution.", "outline", "cause"),
+    ("Make this paragraph easier to read.", "make", "paragraph"),
+    ("For each of the words, provide an antonym.", "provide", "antonym"),
+    ("Sort the following names alphabetically.", "sort", "name"),
+    ("If two trains leave at noon, which one arrives first?", "arrive", None),
+    ("You are a travel agent. Plan a weekend in Lisbon for a couple on a tight budget.", "plan", "weekend"),
+    ("Implement a Python function that checks whether a string is a palindrome.", "implement", "function"),
+    ("Find the odd one out: oak, maple, tulip, birch.", "find", None),
+    ("Suggest some good indoor plants for a dark flat.", "suggest", "plant"),
+    ("Sentiment of the following tweet", None, None),
+    ("Should cities ban private cars from their centres?", "ban", "car"),
+    ("Describe how a bill becomes law.", "describe", None),
+    ("Fill in the blank: The cat sat ___ the mat.", "fill", "blank"),
+    ("Write down the first ten prime numbers.", "write", "number"),
+    ("Take the numbers 4, 8 and 15 and compute their product.", "take", "number"),
+    ("Which planet has the most moons?", "have", "moon"),
+    ("Pretend to be a pirate and order a pizza.", "pretend", None),
+    ("Act as a job interviewer and ask me five questions.", "act", None),
+    ("Recommend a book for someone who loved 'Dune'.", "recommend", "book"),
+    ("Extract every date mentioned in the text.", "extract", "date"),
+    ("What steps should I follow to change a flat tyre?", "follow", "step"),
+    ("I am planning a birthday party for my niece. Propose four games for eight-year-olds.", "propose", "game"),
+    ("Without looking anything up, estimate the number of piano tuners in Chicago.", "estimate", "number"),
+    ("Help me write a cover letter for a nursing position.", "help", None),
+    ("Could you please check whether the proof below is valid?", "check", None),
+    ("Why do leaves change colour in autumn?", "change", "colour"),
+    ("Draft a polite but firm reply to a landlord who ignores a leaking roof.", "draft", "reply"),
+    ("Let's say it rains tomorrow. Suggest three indoor activities for toddlers.", "let", None),
+    ("Rank these materials by density, from the lightest to the heaviest.", "rank", "material"),
+    ("To what extent did climate shape the Viking settlements in Greenland?", "shape", "settlement"),
+    ("Now, carefully and step by step, solve the equation 3x + 7 = 22.", "solve", "equation"),
+    ("Pick out the key arguments from the speech.", "pick", "argument"),
+    ("Contrast the writing styles of Hemingway and Faulkner.", "contrast", "style"),
+]
+
+
+def test_rules_agree_with_a_person_on_nine_of_ten_instructions():
+    wrong = [(text, parse_by_rules(text)) for text, verb, noun in LABELLED if parse_by_rules(text) != Parse(verb, noun)]
+    assert len(LABELLED) == 60
+    assert len(wrong) <= 6, wrong
+
+
+@pytest.mark.parametrize("text", ["", "   \n", "?!", "42", "«»", "Thanks", "der die das", "a" * 10_000, "of " * 3_000])
+def test_text_without_a_request_has_no_root_verb(text):
+    assert parse_by_rules(text) == NOTHING
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory) -> str:
+    texts = ["Write a poem.", "Write a long poem about rain.", "Please write two letters.", "Write about rain."]
+    texts += ["List three rivers.", "What is rain?", "List the largest rivers and lakes.", "List some cities."]
+    return _dump(tmp_path_factory.mktemp("data") / "small.json", texts)
+
+
+def _dump(path, instructions: list) -> str:
+    path.write_text(json.dumps([{"instruction": text, "input": "", "output": "x"} for text in instructions]))
+    return str(path)
+
+
+def _run(root, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, os.path.join(root, "parse_analysis.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_command_prints_the_counts_and_writes_png_and_svg(root, data_path, tmp_path):
+    done = _run(root, "plot", "--data_path", data_path, "--output_path", str(tmp_path / "new" / "figure"))
+    assert done.returncode == 0, done.stderr
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    # "What is rain?" has no root verb, "Write about rain." no object; ties stand in alphabetical order.
+    assert lines[:4] == [
+        "small.json",
+        "root verb count top direct objects",
+        "list 3 river 2, city 1",
+        "write 3 poem 2, letter 1",
+    ]
+    for line in (
+        "instructions 8",
+        "with a root verb 7 (87.5%)",
+        "with a direct object too 6 (75.0%)",
+        "distinct root verbs 2",
+        "distinct verb-object pairs 4",
+    ):
+        assert line in lines
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG\r\n")
+    svg = ElementTree.parse(tmp_path / "new" / "figure.svg")
+    assert svg.getroot().tag.endswith("svg")
+
+
+def _labels(axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures that `draw` makes, as matplotlib has them when they are saved."""
+    from matplotlib.figure import Figure
+
+    made, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (made.append(self), savefig(self, *a, **k))[1])
+    return made
+
+
+def test_rings_hold_twenty_verbs_and_four_objects_each_and_no_labels_overlap(figures, tmp_path):
+    verbs = "write describe summarize translate read edit rewrite improve explain compare print copy draft review check"
+    verbs += " correct discuss finish improvise memorize publish quote record revise send"
+    nouns = ["poem", "letter", "story", "table", "recipe", "speech"]
+    texts = [f"{v.capitalize()} the {n}." for i, v in enumerate(verbs.split()) for n in nouns[: 2 + i % 5]]
+    found = parse_analysis.measure_diversity("many.json", texts, parse_by_rules)
+    parse_analysis.draw([found], str(tmp_path / "many"))
+    axes = figures[0].axes[0]
+    assert "many.json" in axes.get_title()
+    assert f"n = {len(texts)} " in axes.get_title()
+    outer = [text for text in axes.texts if text.get_position()[0] ** 2 + text.get_position()[1] ** 2 > 0.7]
+    assert len(axes.texts) - len(outer) == 20
+    assert len(outer) == sum(len(objects) for _, _, objects in found.top()) > 60
+    assert min(text.get_fontsize() for text in axes.texts) >= 6
+    # Labels lie along the radius, so none overlaps its neighbour where each is less high than its wedge is wide.
+    for text, wedge in zip(axes.texts, axes.patches, strict=True):
+        x, y = text.get_position()
+        width = 0.6 * len(text.get_text()) * text.get_fontsize() / (72 * 10 / 2.04)
+        inside = (x**2 + y**2) ** 0.5 - width
+        assert inside > wedge.r - wedge.width - 0.01
+        assert text.get_fontsize() < 3.1416 / 180 * (wedge.theta2 - wedge.theta1) * (72 * 10 / 2.04) * wedge.r
+
+
+def test_same_data_gives_the_same_bytes(data_path, tmp_path):
+    for name in ("a", "b"):
+        parse_analysis.plot(data_path, str(tmp_path / name))
+    for ending in ("png", "svg"):
+        assert (tmp_path / f"a.{ending}").read_bytes() == (tmp_path / f"b.{ending}").read_bytes()
+
+
+def test_compare_puts_two_data_sets_side_by_side(figures, data_path, tmp_path, capsys):
+    other = _dump(tmp_path / "other.json", ["Sing a song.", "Bake some bread."])
+    parse_analysis.plot(data_path, str(tmp_path / "both.png"), compare=other)
+    left, right = figures[0].axes
+    assert "poem" in _labels(left)
+    assert set(_labels(right)) == {"sing", "song", "bake", "bread"}
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "small.json other.json" in lines
+    assert "distinct verb-object pairs 4 2" in lines
+    assert (tmp_path / "both.png").exists()
+    assert not (tmp_path / "both.png.png").exists()
+
+
+def test_spacy_model_parses_instead_of_the_rules(monkeypatch, data_path, tmp_path, capsys):
+    def word(text, pos, dep, *children):
+        return types.SimpleNamespace(lemma_=text, pos_=pos, dep_=dep, children=children)
+
+    def pipeline(text):  # "It rains. Sing <name>, songs" whatever was said
+        rains = word("rain", "VERB", "ROOT", word("it", "PRON", "nsubj"))
+        sing = word("sing", "VERB", "ROOT", word("Ann", "PROPN", "dobj"), word("Song", "NOUN", "dobj"))
+        roots = [("It rains.", rains), ("Sing.", sing)]
+        return types.SimpleNamespace(sents=[types.SimpleNamespace(text=t, root=root) for t, root in roots])
+
+    pipeline.pipe_names = ["tagger", "parser"]
+
+    def load(name):
+        if name != "en_fake":
+            raise OSError("[E050] Can't find model")
+        return pipeline
+
+    monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=load))
+    parse_analysis.plot(data_path, str(tmp_path / "figure"), spacy_model="en_fake")
+    assert "song 8" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no model 'en_other'"):
+        parse_analysis.plot(data_path, str(tmp_path / "other"), spacy_model="en_other")
+    pipeline.pipe_names = ["tagger"]
+    with pytest.raises(UserError, match="no dependency parser, only tagger"):
+        parse_analysis.plot(data_path, str(tmp_path / "other"), spacy_model="en_fake")
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(UserError, match="pip install spacy"):
+        parse_analysis.plot(data_path, str(tmp_path / "other"), spacy_model="en_fake")
+    assert not list(tmp_path.glob("other*"))
+
+
+@pytest.mark.parametrize("package", ["lemminflect", "matplotlib"])
+def test_missing_package_is_named_with_the_command_that_installs_it(package, monkeypatch, data_path, tmp_path):
+    root_verbs._lexicon.cache_clear()
+    root_verbs._parts_of_speech.cache_clear()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"{package} is not installed; run pip install -r requirements-analysis.txt"):
+        parse_analysis.plot(data_path, str(tmp_path / "figure"))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("not json", "line 1, column 1: not JSON"),
+        ('[{"instruction": "Write a poem."}, {"input": "x"}]', "record 1: no 'instruction'"),
+        ('[{"instruction": 7}]', "record 0: 'instruction' must be text, found int 7"),
+        ('[{"instruction": "Wer da?"}]', "no instruction has a root verb with a direct object"),
+        ("[]", "holds no records"),
+    ],
+)
+def test_malformed_data_is_refused_with_file_and_record(content, complaint, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(UserError) as refusal:
+        parse_analysis.plot(str(path), str(tmp_path / "figure"))
+    assert str(refusal.value).startswith(str(path))
+    assert complaint in str(refusal.value)
+    assert not list(tmp_path.glob("figure*"))
+
+
+def test_mistyped_flag_is_refused_with_the_nearest_name(root, data_path):
+    done = _run(root, "plot", "--data_path", data_path, "--comapre", "x.json")
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown flag --comapre; did you mean --compare?\n"
