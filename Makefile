@@ -27,8 +27,8 @@ format: .venv/.dev
 	$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/.dev: .venv/.run requirements-demo.txt requirements-dev.txt
-	$(PIP) -r requirements.txt -r requirements-demo.txt -r requirements-dev.txt
+.venv/.dev: .venv/.run requirements-demo.txt requirements-analysis.txt requirements-dev.txt
+	$(PIP) -r requirements.txt -r requirements-demo.txt -r requirements-analysis.txt -r requirements-dev.txt
 	@touch $@
 
 clean:
