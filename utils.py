@@ -1,4 +1,4 @@
-"""What more than one script needs: prompt templates, JSON in and out, command lines, the special-token resize.
+"""What more than one script needs: prompt templates, JSON in and out, the special-token resize, command lines.
 
 Importing this module loads neither torch, transformers nor openai, so that every `--help` answers at once.
 """
@@ -27,6 +27,12 @@ PROMPT_DICT = {
         "### Instruction:\n{instruction}\n\n### Response:"
     ),
 }
+
+# What a tokenizer is given where it has none (the original's names and values).
+DEFAULT_PAD_TOKEN = "[PAD]"
+DEFAULT_EOS_TOKEN = "</s>"
+DEFAULT_BOS_TOKEN = "<s>"
+DEFAULT_UNK_TOKEN = "<unk>"
 
 
 class UserError(Exception):
@@ -184,19 +190,108 @@ def load_examples(path: str | os.PathLike, *, require_output: bool = True) -> li
     Raises:
         UserError: names the first record that is wrong and what was found there.
     """
-    examples = []
-    for where, record in load_records(path):
-        example = {**record, "input": "" if record.get("input") is None else record["input"]}
-        for field in ("instruction", "input", "output") if require_output else ("instruction", "input"):
-            if field not in example:
-                raise UserError(f"{where}: no '{field}'; found the fields {', '.join(map(repr, record)) or 'none'}")
-            if not isinstance(example[field], str):
-                found = type(example[field]).__name__
-                raise UserError(f"{where}: '{field}' must be text, found {found} {example[field]!r:.40}")
-            if field != "input" and not example[field].strip():
-                raise UserError(f"{where}: '{field}' is empty")
-        examples.append(example)
-    return examples
+    return [check_example(where, record, require_output=require_output) for where, record in load_records(path)]
+
+
+def check_example(where: str, record: Mapping[str, Any], *, require_output: bool = True) -> dict[str, Any]:
+    """Checks one record of instruction-following data.
+
+    Args:
+        where: where the record stands, for the message.
+        record: the record.
+        require_output: whether a missing or empty `output` is refused.
+
+    Returns:
+        The record, further fields kept; a missing or null `input` becomes "".
+
+    Raises:
+        UserError: says where, which field, and what was found there.
+    """
+    example = {**record, "input": "" if record.get("input") is None else record["input"]}
+    for field in ("instruction", "input", "output") if require_output else ("instruction", "input"):
+        if field not in example:
+            raise UserError(f"{where}: no '{field}'; found the fields {', '.join(map(repr, record)) or 'none'}")
+        if not isinstance(example[field], str):
+            found = type(example[field]).__name__
+            raise UserError(f"{where}: '{field}' must be text, found {found} {example[field]!r:.40}")
+        if field != "input" and not example[field].strip():
+            raise UserError(f"{where}: '{field}' is empty")
+    return example
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and tokenizers
+
+
+def smart_tokenizer_and_embedding_resize(special_tokens_dict: dict[str, str], tokenizer: Any, model: Any) -> int:
+    """Adds special tokens and, where the tokenizer has outgrown the model's rows, rows for them.
+
+    New input and output rows are the mean of the old ones, as in the original. Unlike the original it never shrinks:
+    OPT has 50,272 rows for 50,265 tokens, and they stay. Right for parameters that DeepSpeed ZeRO-3 has partitioned
+    too; FSDP shards only afterwards.
+
+    Args:
+        special_tokens_dict: such as {"pad_token": "[PAD]"}; empty adds none.
+        tokenizer: gets the tokens.
+        model: gets the rows, in place.
+
+    Returns:
+        How many rows were added.
+    """
+    tokenizer.add_special_tokens(special_tokens_dict)
+    embeddings = [model.get_input_embeddings().weight]
+    rows = getattr(embeddings[0], "ds_shape", embeddings[0].shape)[0]
+    if len(tokenizer) <= rows:
+        return 0
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    embeddings = [model.get_input_embeddings().weight]
+    if model.get_output_embeddings() is not None and model.get_output_embeddings().weight is not embeddings[0]:
+        embeddings.append(model.get_output_embeddings().weight)
+    with _gathered(embeddings):
+        for weight in embeddings:
+            if weight.shape[0] > rows:  # under ZeRO-3 only the rank that modifies sees all rows
+                weight.data[rows:] = weight.data[:rows].float().mean(dim=0, keepdim=True).to(weight.dtype)
+    return len(tokenizer) - rows
+
+
+@contextlib.contextmanager
+def _gathered(parameters: list) -> Iterator[None]:
+    """Makes parameters whole that ZeRO-3 has partitioned, for rank 0 to modify; leaves others alone."""
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+            yield
+    else:
+        yield
+
+
+def alpaca_chat_template(adds_bos: bool) -> str:
+    r"""Writes the training templates as a chat template: chat servers then prompt an Alpaca model as it was trained.
+
+    One user turn, optionally answered. Content "X" takes the template without an input, and content
+    "X\n\n### Input:\nY" the one with it.
+
+    Args:
+        adds_bos: whether the tokenizer starts a text with BOS. Templates render special tokens themselves.
+
+    Returns:
+        A Jinja template.
+    """
+    with_input, without = (
+        json.dumps(PROMPT_DICT[name].partition("### Instruction:")[0]) for name in ("prompt_input", "prompt_no_input")
+    )
+    return (
+        ("{{ bos_token }}" if adds_bos else "")
+        + "{%- set first = messages[0] -%}"
+        + "{%- if first.role != 'user' or messages | length > 2 -%}"
+        + "{{- raise_exception('Alpaca takes one user message: it was trained on single instructions') -}}{%- endif -%}"
+        + "{%- set text = first.content if first.content is string "
+        + "else first.content | map(attribute='text') | join('') -%}"
+        + f"{{{{- {with_input} if '\\n\\n### Input:\\n' in text else {without} -}}}}"
+        + "{{- '### Instruction:\\n' + text + '\\n\\n### Response:' -}}"
+        + "{%- if messages | length > 1 -%}{{- messages[1].content + eos_token -}}{%- endif -%}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,317 @@
+"""Tokenizers as the original had them, and Alpaca's examples as tokens with a label mask.
+
+transformers 5 rebuilds a LLaMA tokenizer from `tokenizer.model` in a way that changes tokens; it is mended here.
+`tokenize_examples` does in one batch what the original did record by record, twice.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils import UserError, atomic_write, format_prompt
+
+# Tokens that tokenizers keep in reserve, in the order in which padding takes them. The vocabulary needn't grow then.
+RESERVED_FOR_PADDING = (
+    r"<\|finetune_right_pad_id\|>|<pad>|\[PAD\]|<\|pad\|>|<\|endoftext\|>",
+    r"<\|reserved_special_token_\d+\|>|\[control_\d+\]|<SPECIAL_\d+>|<unused\d+>|<\|extra_\d+\|>",
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading a tokenizer
+
+
+def load_tokenizer(name_or_path: str, model_max_length: int, cache_dir: str | None = None):
+    """Loads a tokenizer and mends what transformers 5 breaks in LLaMA's.
+
+    - Empty-string special tokens of old conversions become LLaMA's own.
+    - A tokenizer made from `tokenizer.model` adds BOS unless its config says otherwise.
+    - BPE merges are ordered by sentencepiece's scores. transformers orders them by token id, which splits runs of
+      spaces differently.
+
+    Args:
+        name_or_path: a folder or a Hub id.
+        model_max_length: tokens per example; longer ones are cut.
+        cache_dir: where downloads go.
+
+    Returns:
+        The tokenizer (padding on the right) and a list of lines that say what was mended.
+    """
+    from transformers import AutoTokenizer
+
+    notes = []
+    spm_file = _find_file(name_or_path, "tokenizer.model", cache_dir)
+    settings = dict(model_max_length=model_max_length, padding_side="right", cache_dir=cache_dir)
+    if spm_file and (proto := _read_sentencepiece(spm_file)):
+        config = _tokenizer_config(name_or_path, cache_dir)
+        pieces = {"bos_token": proto.trainer_spec.bos_id, "eos_token": proto.trainer_spec.eos_id}
+        pieces["unk_token"] = proto.trainer_spec.unk_id
+        for name, piece_id in pieces.items():
+            if not _content(config.get(name)) and piece_id >= 0:
+                settings[name] = proto.pieces[piece_id].piece
+                if name in config:
+                    notes.append(f"{name} is empty in the tokenizer's config; taking {settings[name]}")
+        if config.get("add_bos_token") is None:
+            settings["add_bos_token"] = True
+        from transformers import LlamaTokenizer
+
+        known = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast", "LLaMATokenizer", None)
+        loader = LlamaTokenizer if known and proto.trainer_spec.model_type == 2 else AutoTokenizer
+        tokenizer = loader.from_pretrained(name_or_path, **settings)
+        if known and proto.trainer_spec.model_type == 2 and _mend_merges(tokenizer, proto, spm_file):
+            notes.append("tokens of double spaces mended: BPE merges follow sentencepiece's scores again")
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **settings)
+    return tokenizer, notes
+
+
+def _content(token) -> str:
+    return (token.get("content", "") if isinstance(token, dict) else token) or ""
+
+
+def _find_file(name_or_path: str, filename: str, cache_dir: str | None) -> str | None:
+    from transformers.utils.hub import cached_file
+
+    return cached_file(
+        name_or_path,
+        filename,
+        cache_dir=cache_dir,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def _tokenizer_config(name_or_path: str, cache_dir: str | None) -> dict:
+    config = {}
+    for filename in ("special_tokens_map.json", "tokenizer_config.json"):
+        if path := _find_file(name_or_path, filename, cache_dir):
+            with open(path, encoding="utf-8") as file:
+                config.update(json.load(file))
+    return config
+
+
+def _read_sentencepiece(path: str):
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        with open(path, "rb") as file:
+            proto.ParseFromString(file.read())
+    except Exception:  # tiktoken's files go by the same name
+        return None
+    return proto if proto.pieces else None
+
+
+def sentencepiece_merges(proto) -> list[tuple[str, str]]:
+    """Lists BPE merges so that the `tokenizers` library splits text as sentencepiece does.
+
+    sentencepiece joins the pair whose piece scores best and, among equals, the leftmost. `tokenizers` goes by the
+    order of this list, so pieces are sorted by score. LLaMA's runs of spaces all score alike; longer ones come first,
+    so that the leftmost run grows before another one starts.
+    """
+    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    merges = []
+    for text, i in ids.items():
+        piece = proto.pieces[i]
+        if piece.type == 1:  # NORMAL
+            for cut in range(1, len(text)):
+                if text[:cut] in ids and text[cut:] in ids:
+                    merges.append((-piece.score, -len(text), i, -cut, text[:cut], text[cut:]))
+    return [(left, right) for *_, left, right in sorted(merges)]
+
+
+def _mend_merges(tokenizer, proto, spm_file: str) -> bool:
+    """Makes the tokenizer split as sentencepiece does; returns whether it did not already."""
+    import sentencepiece
+    from tokenizers import normalizers
+    from tokenizers.models import BPE
+
+    reference = sentencepiece.SentencePieceProcessor(model_file=spm_file)
+    probe = "Below is  a   probe.\n\n    def f( x ):\n        return  'a  b'\t" + " " * 23 + "1,000  done"
+    backend = tokenizer.backend_tokenizer
+    if backend.encode(probe, add_special_tokens=False).ids == reference.encode(probe):
+        return False
+    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    backend.model = BPE(vocab=vocab, merges=sentencepiece_merges(proto), fuse_unk=True, byte_fallback=True)
+    backend.pre_tokenizer = None
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return True
+
+
+def special_tokens_to_add(tokenizer) -> dict[str, str]:
+    """Chooses the special tokens that a tokenizer lacks for training.
+
+    What the tokenizer has stays. Padding takes a token that the vocabulary holds in reserve (Llama 3, Mistral, Qwen)
+    and only where there is none the original's new `[PAD]`; it never takes EOS, which the model has to learn.
+
+    Returns:
+        Arguments for `tokenizer.add_special_tokens`, such as {"pad_token": "[PAD]"}; empty where nothing is missing.
+    """
+    from utils import DEFAULT_EOS_TOKEN, DEFAULT_PAD_TOKEN
+
+    missing = {}
+    if not tokenizer.eos_token:
+        missing["eos_token"] = DEFAULT_EOS_TOKEN
+    if not tokenizer.pad_token:
+        taken = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
+        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        reserved = (
+            token
+            for pattern in RESERVED_FOR_PADDING
+            for token, _ in vocabulary
+            if token not in taken and re.fullmatch(pattern, token)
+        )
+        missing["pad_token"] = next(reserved, DEFAULT_PAD_TOKEN)
+    return missing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples to tokens
+
+
+@dataclass
+class TokenizedExamples:
+    """Examples as tokens, laid end to end.
+
+    Attributes:
+        input_ids: int32, all tokens of all examples.
+        ends: int64, where each example ends in `input_ids`.
+        prompt_lengths: int32, how many of each example's first tokens carry no label.
+        truncated: int, how many examples were longer than `model_max_length` and so lost their EOS.
+    """
+
+    input_ids: np.ndarray
+    ends: np.ndarray
+    prompt_lengths: np.ndarray
+    truncated: int
+
+    def __len__(self) -> int:
+        """Counts the examples."""
+        return len(self.ends)
+
+    def lengths(self) -> np.ndarray:
+        """Counts each example's tokens."""
+        return np.diff(self.ends, prepend=0)
+
+
+def tokenize_examples(sources: Sequence[str], targets: Sequence[str], tokenizer, progress: bool = False):
+    """Tokenizes prompts with their answers, in batches.
+
+    An example is BOS (where the tokenizer adds one), the tokens of prompt + answer taken as one text, and EOS, cut at
+    `tokenizer.model_max_length`. A token is part of the prompt when it starts before the answer does. So one that
+    straddles the two (LLaMA joins the prompt's last `:` with `-` or `//`) has no label, as in the original: the model
+    could not produce it anyway, since at inference the prompt ends with `:` alone.
+
+    Args:
+        sources: prompts.
+        targets: answers, without EOS.
+        tokenizer: a fast tokenizer with an EOS.
+        progress: whether to show a bar.
+
+    Returns:
+        TokenizedExamples in the order of `sources`.
+    """
+    eos, limit = tokenizer.eos_token_id, tokenizer.model_max_length
+    flat, lengths, prompt_lengths, truncated = [], [], [], 0
+    for start in _with_progress(range(0, len(sources), 1000), len(sources), progress):
+        batch = slice(start, start + 1000)
+        texts = [source + target for source, target in zip(sources[batch], targets[batch], strict=True)]
+        encodings = tokenizer.backend_tokenizer.encode_batch(texts)
+        for source, encoding in zip(sources[batch], encodings, strict=True):
+            ids = encoding.ids
+            if ids and ids[-1] == eos and encoding.special_tokens_mask[-1] and encoding.offsets[-1][1] == 0:
+                ids = ids[:-1]  # this tokenizer adds its own
+            truncated += len(ids) + 1 > limit
+            starts = [offset[0] for offset in encoding.offsets[: len(ids)]]
+            prompt_length = next((i for i, at in enumerate(starts) if at >= len(source)), len(ids))
+            ids = [*ids, eos][:limit]
+            flat.extend(ids)
+            lengths.append(len(ids))
+            prompt_lengths.append(min(prompt_length, len(ids)))
+    return TokenizedExamples(
+        input_ids=np.asarray(flat, dtype=np.int32),
+        ends=np.cumsum(lengths, dtype=np.int64),
+        prompt_lengths=np.asarray(prompt_lengths, dtype=np.int32),
+        truncated=int(truncated),
+    )
+
+
+def _with_progress(batches: range, total: int, progress: bool) -> Iterator[int]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="tokenizing", unit=" examples", disable=not progress) as bar:
+        for start in batches:
+            yield start
+            bar.update(min(batches.step, total - start))
+
+
+def tokenize_once(examples: Sequence[Mapping], tokenizer, cache_dir: str | None = None, progress: bool = False):
+    """Tokenizes examples, or reads their tokens from the cache of an earlier run.
+
+    Args:
+        examples: records with `instruction`, `input` and `output`.
+        tokenizer: the fast tokenizer.
+        cache_dir: where to keep the tokens; `$XDG_CACHE_HOME/alpaca` when None.
+        progress: whether to show a bar.
+
+    Returns:
+        TokenizedExamples and whether they came from the cache.
+    """
+    sources = [format_prompt(example) for example in examples]
+    targets = [example["output"] for example in examples]
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = _content_hash(sources, targets, tokenizer)
+    path = os.path.join(cache_dir or os.path.join(home, "alpaca"), f"tokens-{name}.npz")
+    try:
+        with np.load(path) as cached:
+            fields = {key: cached[key] for key in cached.files}
+        return TokenizedExamples(**{**fields, "truncated": int(fields["truncated"])}), True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    tokenized = tokenize_examples(sources, targets, tokenizer, progress)
+    try:
+        with atomic_write(path, "wb") as file:
+            np.savez(file, **vars(tokenized))
+    except OSError as error:
+        print(f"tokens not cached: cannot write {path} ({error.strerror})")
+    return tokenized, False
+
+
+def _content_hash(sources: Sequence[str], targets: Sequence[str], tokenizer) -> str:
+    """Names what tokens depend on: the texts, the tokenizer, the limit and this module."""
+    with open(__file__, "rb") as file:
+        code = hashlib.sha256(file.read()).hexdigest()
+    digest = hashlib.sha256()
+    for part in (code, tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)):
+        digest.update(part.encode())
+    digest.update(str(tokenizer.model_max_length).encode())
+    for text in (text for pair in zip(sources, targets, strict=True) for text in pair):
+        digest.update(f"{len(text)}:".encode())
+        digest.update(text.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]
+
+
+def load_dataset_examples(data_path: str, cache_dir: str | None = None) -> list[dict[str, str]]:
+    """Reads instruction data from a JSON or JSON Lines file, or from a data set on the Hugging Face Hub.
+
+    Raises:
+        UserError: the file is missing, or a record is wrong (the first one, and what was found there).
+    """
+    from utils import check_example, load_examples
+
+    if os.path.exists(data_path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", data_path) or data_path.endswith(".json"):
+        return load_examples(data_path)
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{data_path} looks like a Hub data set: pip install datasets, or name a local file") from None
+    try:
+        rows = datasets.load_dataset(data_path, split="train", cache_dir=cache_dir)
+    except Exception as error:
+        raise UserError(f"cannot load {data_path} from the Hub: {str(error).splitlines()[0]}") from error
+    return [check_example(f"{data_path}, record {i}", row) for i, row in enumerate(rows)]
