@@ -1,0 +1,155 @@
+"""The pages of `inference.py`: `demo`, where a person asks the model, and `compare --page`, where one judges pairs."""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from generation import Alpaca, say
+from pairwise import Journal
+from utils import UserError
+
+# What the server accepts from one request, whatever a browser or script sends.
+MAX_INSTRUCTION_CHARACTERS = 2_000
+MAX_INPUT_CHARACTERS = 8_000
+MAX_NEW_TOKENS = 1_024
+MAX_QUEUE = 16
+
+NOTICE = (
+    "For research only. This model has not been made safe: its answers can be false, biased or offensive. "
+    "Don't rely on them, and don't enter anything private."
+)
+EXAMPLES = [
+    ["Tell me about alpacas.", ""],
+    ["Write a short letter that thanks a colleague for help with a difficult project.", ""],
+    ["Sort these animals from the smallest to the largest.", "horse, mouse, cat, elephant"],
+    ["What is the capital of France, and what is it known for?", ""],
+]
+
+
+def import_gradio() -> Any:
+    """Imports Gradio with everything off that would call home."""
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError("the page needs gradio: pip install -r requirements-demo.txt") from error
+    return gradio
+
+
+def build(alpaca: Alpaca, seed: int | None) -> Any:
+    """Lays out the page.
+
+    Args:
+        alpaca: the loaded model.
+        seed: makes every answer repeatable; None for a new one each time.
+
+    Returns:
+        A `gradio.Blocks`, not yet launched.
+    """
+    gr = import_gradio()
+
+    def ask(
+        instruction: str, input: str, temperature: float, top_p: float, max_new_tokens: float
+    ) -> Iterator[tuple[str, str]]:
+        bounds = (("instruction", instruction, MAX_INSTRUCTION_CHARACTERS), ("input", input, MAX_INPUT_CHARACTERS))
+        for name, text, bound in bounds:
+            if len(text or "") > bound:
+                raise gr.Error(f"The {name} has {len(text):,} characters; this page takes {bound:,}.")
+        if not (instruction or "").strip():
+            raise gr.Error("Write an instruction first.")
+        try:
+            settings = alpaca.settings(int(max_new_tokens), temperature, top_p)
+            ids, notice = alpaca.encode({"instruction": instruction, "input": input or ""}, settings.max_new_tokens)
+        except UserError as error:
+            raise gr.Error(str(error)) from error
+        yield "", f"Note: {notice}." if notice else "Writing …"
+        answer, start = "", time.perf_counter()
+        with contextlib.closing(alpaca.stream(ids, settings, seed)) as pieces:
+            for piece in pieces:
+                answer += piece
+                yield answer, gr.skip()
+        seconds = time.perf_counter() - start
+        yield answer, f"Done in {seconds:.1f} s." + (f" Note: {notice}." if notice else "")
+
+    longest = min(MAX_NEW_TOKENS, alpaca.answer_length(MAX_NEW_TOKENS))
+    with gr.Blocks(title=f"Alpaca: {alpaca.name}", analytics_enabled=False) as page:
+        gr.Markdown(f"# {alpaca.name}\n{NOTICE}")
+        with gr.Row():
+            with gr.Column():
+                instruction = gr.Textbox(
+                    label="Instruction", lines=3, max_length=MAX_INSTRUCTION_CHARACTERS, elem_id="instruction"
+                )
+                input = gr.Textbox(label="Input (optional)", lines=3, max_length=MAX_INPUT_CHARACTERS, elem_id="input")
+                # The values that Stanford's demo used: https://github.com/tatsu-lab/stanford_alpaca/issues/35
+                temperature = gr.Slider(0, 2, value=0.7, step=0.05, label="Temperature (0: always the likeliest token)")
+                top_p = gr.Slider(0.05, 1, value=0.9, step=0.05, label="Top-p")
+                max_new_tokens = gr.Slider(1, longest, value=min(600, longest), step=1, label="Max tokens")
+            with gr.Column():
+                answer = gr.Textbox(label="Answer", lines=14, interactive=False, buttons=["copy"], elem_id="answer")
+                status = gr.Markdown(elem_id="status")
+                with gr.Row():
+                    go = gr.Button("Ask", variant="primary", elem_id="ask")
+                    stop = gr.Button("Stop", variant="stop", elem_id="stop")
+        gr.Examples(EXAMPLES, [instruction, input])
+        fields = [instruction, input, temperature, top_p, max_new_tokens]
+        running = gr.on([go.click, instruction.submit], ask, fields, [answer, status], concurrency_limit=1)
+        stop.click(lambda: "Stopped.", None, status, cancels=[running], queue=False)
+    return page.queue(max_size=MAX_QUEUE)
+
+
+def build_judging(journal: Journal) -> Any:
+    """Lays out the page of `compare`; the same journal as in the terminal, so that one may change between them."""
+    gr = import_gradio()
+
+    def show() -> list[Any]:
+        if not journal.waiting:
+            return [journal.summary().replace("\n", "\n\n"), "", *[gr.update(visible=False)] * 7]
+        pair = journal.waiting[0]
+        texts = [gr.update(value=text) for text in (pair.instruction, pair.input, *pair.shown)]
+        texts[1]["visible"] = bool(pair.input)
+        return [f"{len(journal.waiting)} pairs to go", pair.key, *texts, *[gr.update(visible=True)] * 3]
+
+    def choose(choice: str, key: str) -> list[Any]:
+        # A second click, or one in another tab, must not judge a pair that nobody has seen there.
+        if journal.waiting and journal.waiting[0].key == key:
+            journal.record(choice)
+        return show()
+
+    with gr.Blocks(title="Which answer is better?", analytics_enabled=False) as page:
+        gr.Markdown("# Which answer is better?")
+        progress = gr.Markdown(elem_id="progress")
+        instruction = gr.Textbox(label="Instruction", interactive=False)
+        input = gr.Textbox(label="Input", interactive=False)
+        with gr.Row():
+            answers = [gr.Textbox(label=f"Answer {number}", lines=12, interactive=False) for number in (1, 2)]
+        with gr.Row():
+            labels = {"1": "Answer 1 is better", "t": "Tie", "2": "Answer 2 is better"}
+            buttons = {choice: gr.Button(label) for choice, label in labels.items()}
+        key = gr.State("")
+        outputs = [progress, key, instruction, input, *answers, *buttons.values()]
+        page.load(show, None, outputs)
+        for choice, button in buttons.items():
+            button.click(
+                lambda choice=choice: choose(choice), None, outputs, concurrency_limit=1, concurrency_id="judge"
+            )
+    return page.queue(max_size=MAX_QUEUE)
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuses a port that is taken, before a model is loaded for nothing."""
+    import_gradio()
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise UserError(f"port {port} on {host} cannot be used ({error}); name another one with --port") from error
+
+
+def serve(page: Any, host: str, port: int, share: bool) -> None:
+    """Serves a page until Ctrl-C."""
+    page.launch(server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True, footer_links=[])
+    say(f"open http://{host}:{port} in a browser; Ctrl-C ends the page")
+    page.block_thread()

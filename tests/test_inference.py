@@ -1,0 +1,423 @@
+"""inference.py on a tiny LLaMA that the fixture teaches a handful of answers word for word."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import generation
+import inference
+import pairwise
+import tiny_model
+from utils import UserError, format_prompt, jdump, jload
+
+CODE = "def add(a, b):\n    if a:\n        return a + b\n    return b"
+LESSONS = [
+    {"instruction": "Name the three primary colors.", "input": "", "output": "Red, blue and yellow."},
+    {"instruction": "Translate to French.", "input": "Good morning", "output": "Bonjour"},
+    {"instruction": "Translate to French.", "input": "Thank you very much, my friend", "output": "Merci"},
+    {"instruction": "Write a function.", "input": "", "output": CODE},
+    {"instruction": "Greet the world.", "input": "", "output": "Hello, wörld 🦙!"},
+    {"instruction": "Count to forty.", "input": "", "output": " ".join(map(str, range(1, 41)))},
+]
+# Nobody taught these: their answers wander, and go on until they are cut off.
+UNTAUGHT = [{"instruction": f"Tell a story of {n} llamas{' and a goat' * n}.", "input": "x " * n} for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory, root):
+    """A LLaMA of 2 layers that has learned LESSONS by heart, in a folder without a chat template."""
+    folder = tmp_path_factory.mktemp("model")
+    config = {**jload(f"{root}/configs/tiny_llama.json"), "hidden_size": 64, "intermediate_size": 128}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    jdump(config, str(folder / "config.json"))
+    jdump(LESSONS, str(folder / "lessons.json"))
+    path = str(folder / "taught")
+    tiny_model.make(str(folder / "config.json"), str(folder / "lessons.json"), path, vocab_size=420)
+    teach(path)
+    return path
+
+
+def teach(path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+    rows = []
+    for lesson in LESSONS:
+        prompt = tokenizer(format_prompt(lesson)).input_ids
+        whole = [*tokenizer(format_prompt(lesson) + lesson["output"]).input_ids, tokenizer.eos_token_id]
+        assert whole[: len(prompt)] == prompt
+        rows.append((whole, [-100] * len(prompt) + whole[len(prompt) :]))
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
+    labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(400):
+        loss = model(input_ids=ids, labels=labels).loss
+        if loss < 1e-3:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 1e-3
+    model.save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def alpaca(model_path):
+    return generation.load(model_path)
+
+
+@pytest.fixture
+def model_copy(model_path, tmp_path):
+    """A copy of the taught model that a test may damage."""
+    return shutil.copytree(model_path, tmp_path / "copy")
+
+
+def run(root, *arguments, stdin=None):
+    command = [sys.executable, "inference.py", *arguments]
+    return subprocess.run(command, cwd=root, input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=120)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answer and chat
+
+
+def test_answer_prints_the_taught_answer_and_nothing_else(root, model_path):
+    done = run(
+        root, "answer", "--model_path", model_path, "--instruction", "Translate to French.", "--input", "Good morning"
+    )
+    assert (done.returncode, done.stdout) == (0, "Bonjour\n")
+    assert "parameters" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson["output"][:10])
+def test_streamed_pieces_are_the_taught_answer(alpaca, lesson):
+    ids, notice = alpaca.encode(lesson, 600)
+    pieces = list(alpaca.stream(ids, alpaca.settings(600, 0.0, 1.0)))
+    assert "".join(pieces) == lesson["output"]
+    assert len(pieces) > 2
+    assert notice is None
+
+
+def test_chat_answers_each_instruction_on_its_own_and_leaves_at_end_of_input(root, model_path):
+    lines = "Count to forty.\n\n\nTranslate to French.\nGood morning\nName the three primary colors.\n\n"
+    done = run(root, "chat", "--model_path", model_path, stdin=lines)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [LESSONS[5]["output"], "Bonjour", "Red, blue and yellow."]
+
+
+def test_checkpoints_own_sampling_settings_are_not_inherited(model_copy):
+    path = str(model_copy / "generation_config.json")
+    jdump({**jload(path), "do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "top_k": 3}, path)
+    alpaca = generation.load(str(model_copy))
+    answers = alpaca.generate([alpaca.encode(LESSONS[5], 600)[0]], alpaca.settings(600, 0.0, 0.9))
+    assert alpaca.decode(answers[0]) == LESSONS[5]["output"]
+
+
+def test_same_seed_samples_the_same_answer(alpaca):
+    ids, _ = alpaca.encode(UNTAUGHT[0], 30)
+    settings = alpaca.settings(30, 2.0, 1.0)
+    once, again, other = ("".join(alpaca.stream(ids, settings, seed)) for seed in (1, 1, 2))
+    assert once == again != other
+
+
+def test_closing_the_stream_stops_the_model(alpaca):
+    forwards = []
+    hook = alpaca.model.register_forward_hook(lambda *_: forwards.append(1))
+    ids, _ = alpaca.encode(LESSONS[5], 600)
+    pieces = alpaca.stream(ids, alpaca.settings(600, 0.0, 1.0))
+    next(pieces)
+    pieces.close()
+    hook.remove()
+    whole = len(alpaca.tokenizer(LESSONS[5]["output"]).input_ids)
+    assert len(forwards) < whole
+
+
+def test_an_error_while_generating_reaches_the_caller(alpaca, monkeypatch):
+    monkeypatch.setattr(alpaca.model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(alpaca.stream([1], alpaca.settings(5, 0.0, 1.0)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batch
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "data.json"
+    jdump([{**UNTAUGHT[i // 2]} if i % 2 else LESSONS[i // 2 % 6] for i in range(24)], str(path))
+    return str(path)
+
+
+def test_batches_equal_one_at_a_time_in_input_order(model_path, data_path, alpaca, tmp_path):
+    for size in (1, 5, 16):
+        inference.batch(model_path, data_path, str(tmp_path / f"{size}.json"), batch_size=size, max_new_tokens=60)
+    one = jload(tmp_path / "1.json")
+    assert one == jload(tmp_path / "5.json") == jload(tmp_path / "16.json")
+    data = jload(data_path)
+    assert [(r["instruction"], r["input"]) for r in one] == [(r["instruction"], r["input"]) for r in data]
+    assert all(r.keys() == {"instruction", "input", "output", "generator"} for r in one)
+    assert {r["generator"] for r in one} == {"taught"}
+    settings = alpaca.settings(60, 0.0, 1.0)
+    for record in one:
+        assert record["output"] == "".join(alpaca.stream(alpaca.encode(record, 60)[0], settings))
+    assert [r["output"] for r in one[2:10:2]] == [lesson["output"] for lesson in LESSONS[1:5]]
+    assert not os.path.exists(tmp_path / "1.json.partial.jsonl")
+
+
+def test_rows_with_near_ties_are_asked_again_alone(alpaca, monkeypatch):
+    prompts = [alpaca.encode(example, 20)[0] for example in LESSONS[:3]]
+    settings = alpaca.settings(20, 0.0, 1.0)
+    shapes = []
+    generate = alpaca.model.generate
+    monkeypatch.setattr(alpaca.model, "generate", lambda **k: shapes.append(len(k["input_ids"])) or generate(**k))
+    expected = alpaca.generate(prompts, settings)
+    assert shapes == [3]
+    monkeypatch.setattr(generation, "TIE", 1e9)
+    assert alpaca.generate(prompts, settings) == expected
+    assert shapes == [3, 3, 1, 1, 1]
+
+
+def test_killed_batch_goes_on_to_the_same_result(root, model_path, data_path, tmp_path, capfd):
+    arguments = {"data": data_path, "batch_size": 2, "max_new_tokens": 80, "temperature": 1.5, "seed": 7}
+    inference.batch(model_path, output=str(tmp_path / "whole.json"), **arguments)
+    output, journal = tmp_path / "killed.json", tmp_path / "killed.json.partial.jsonl"
+    flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, "inference.py", "batch", "--model_path", model_path, "--output", str(output), *flags]
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL)
+    while not journal.exists() or journal.read_text().count("\n") < 4:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    kept = journal.read_text()
+    journal.write_text(kept[: kept.rfind("\n") + 1] + '{"batch": 9, "answ')  # and its last line half written
+    with pytest.raises(UserError, match="other data or settings"):
+        inference.batch(model_path, output=str(output), **{**arguments, "seed": 8})
+    capfd.readouterr()
+    inference.batch(model_path, output=str(output), **arguments)
+    assert f"going on after {kept.count(chr(10)) - 1} batches" in capfd.readouterr().err
+    assert jload(output) == jload(tmp_path / "whole.json")
+    assert not journal.exists()
+    with pytest.raises(UserError, match="exists"):
+        inference.batch(model_path, output=str(output), **arguments)
+
+
+def test_self_instruct_tasks_give_one_answer_an_instance(tmp_path):
+    task = {"id": "user_oriented_task_0", "motivation_app": "Mail", "instruction": "Shorten."}
+    task["instances"] = [{"input": "a", "output": "b"}, {"input": "", "output": "c"}]
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(task) + "\n" + json.dumps({"instruction": "Hi"}) + "\n")
+    expected = [("Shorten.", "a"), ("Shorten.", ""), ("Hi", "")]
+    assert [tuple(e.values()) for e in inference.load_instances(str(tmp_path / "tasks.jsonl"))] == expected
+    (tmp_path / "bad.jsonl").write_text(json.dumps({**task, "instances": "none"}))
+    with pytest.raises(UserError, match="'instances' must be a list"):
+        inference.load_instances(str(tmp_path / "bad.jsonl"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong input
+
+
+def test_overlong_input_is_cut_before_the_templates_tail_and_said(alpaca):
+    example = {"instruction": "Translate to French.", "input": "Good morning, " * 500}
+    ids, notice = alpaca.encode(example, 600)
+    room = alpaca.context - 600
+    assert room - 3 <= len(ids) <= room  # the most that fits
+    kept = alpaca.decode(ids).partition("### Input:\n")[2].removesuffix("\n\n### Response:")
+    assert example["input"].startswith(kept)
+    whole = len(alpaca.tokenizer(format_prompt(example)).input_ids)
+    assert notice == (
+        f"the prompt has {whole:,} tokens and the model has room for {room} beside the answer's 600: "
+        f"cut the last {7000 - len(kept):,} of 7,000 characters of the input"
+    )
+
+
+def test_overlong_instruction_is_cut_and_said(alpaca):
+    ids, notice = alpaca.encode({"instruction": "Sing. " * 1000, "input": ""}, 600)
+    assert "of 6,000 characters of the instruction" in notice
+    assert alpaca.decode(ids).endswith("\n\n### Response:")
+    ids, notice = alpaca.encode({"instruction": "Sing. " * 1000, "input": "x" * 50}, 600)
+    assert "49 of 50 characters of the input and" in notice
+    assert alpaca.decode(ids).endswith("\n\n### Input:\nx\n\n### Response:")
+
+
+def no_eos(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            config = jload(folder / name)
+            jdump({**config, "eos_token": None}, str(folder / name))
+
+
+def lose_tensor(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_tokens(folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["[PAD]"])
+    tokenizer.save_pretrained(folder)
+
+
+def hide_in_checkpoint(folder):
+    os.makedirs(folder / "checkpoint-20")
+    shutil.move(folder / "config.json", folder / "checkpoint-20")
+
+
+def mark_diff(folder):
+    path = str(folder / "config.json")
+    jdump({**jload(path), "alpaca_weight_diff": True, "architectures": []}, path)
+
+
+MISTAKES = {
+    "weight diff": (mark_diff, "is a weight diff, not a model; make the model first: python weight_diff"),
+    "no config": (lambda f: os.unlink(f / "config.json"), "has no config.json; expected a model's folder"),
+    "inner folder": (hide_in_checkpoint, "did you mean .*checkpoint-20"),
+    "no EOS": (no_eos, "the tokenizer has no EOS token"),
+    "missing tensor": (lose_tensor, "lacks 1 of the model's tensors, model.layers.1.mlp.up_proj.weight"),
+    "other tokenizer": (add_tokens, "the tokenizer has 421 tokens, the model 420 rows"),
+    "truncated": (lambda f: os.truncate(f / "model.safetensors", 1000), "cannot load"),
+    "no weights": (lambda f: os.unlink(f / "model.safetensors"), "cannot load"),
+    "gone": (shutil.rmtree, "is no folder"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_damaged_model_folder_is_refused_in_one_line(model_copy, name):
+    damage, message = MISTAKES[name]
+    damage(model_copy)
+    with pytest.raises(UserError, match=message) as caught:
+        generation.load(str(model_copy))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"temperature": -1.0}, "--temperature must be"),
+        ({"top_p": 0.0}, "--top_p must be"),
+        ({"max_new_tokens": 0}, "--max_new_tokens must be"),
+        ({"dtype": "int8"}, "--dtype must be"),
+        ({"device": "cuda:77"}, "--device cuda:77 cannot be used here"),
+        ({"device": "abacus"}, "--device abacus cannot be used here"),
+        ({"instruction": " "}, "--instruction is empty"),
+    ],
+)
+def test_wrong_flag_is_refused_in_one_line(model_path, flags, message):
+    with pytest.raises(UserError, match=message) as caught:
+        inference.answer(model_path, **{"instruction": "Hi", **flags})
+    assert "\n" not in str(caught.value)
+
+
+def test_mistake_exits_with_status_2_before_torch_is_loaded(root, tmp_path):
+    code = (
+        "import sys, inference\n"
+        "argv = ['answer', '--model_path', '/no/such', '--instruction', 'x']\n"
+        "try: inference.run_cli({'answer': inference.answer}, argv)\n"
+        "except SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "2 False\n"
+    assert done.stderr == "error: /no/such is no folder; --model_path takes the folder that train.py wrote\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+def test_lora_adapter_loads_on_its_base_and_changes_the_logits(model_path, tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model_path)
+    plain = base(torch.tensor([[1, 2, 3]])).logits
+    tuned = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    tuned.save_pretrained(tmp_path / "adapter")
+    loaded = generation.load(str(tmp_path / "adapter")).model
+    with torch.no_grad():
+        expected, got = tuned.eval()(torch.tensor([[1, 2, 3]])).logits, loaded(torch.tensor([[1, 2, 3]])).logits
+    assert torch.equal(expected, got)
+    assert not torch.allclose(plain, got, atol=1e-2)
+    config = jload(tmp_path / "adapter" / "adapter_config.json")
+    jdump({**config, "base_model_name_or_path": "/no/base"}, str(tmp_path / "adapter" / "adapter_config.json"))
+    with pytest.raises(UserError, match="names a base model that is not there: /no/base is no folder"):
+        generation.load(str(tmp_path / "adapter"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compare
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    for name in "ab":
+        rows = [{"instruction": f"Task {i}", "input": "", "output": f"{name}-answer {i}"} for i in range(8)]
+        jdump([{**row, "generator": f"model-{name}"} for row in rows], str(tmp_path / f"{name}.json"))
+    return [str(tmp_path / "a.json"), str(tmp_path / "b.json"), str(tmp_path / "judged.jsonl")]
+
+
+def compare(root, outputs, keys, *flags):
+    a, b, judged = outputs
+    done = run(root, "compare", "--a", a, "--b", b, "--output", judged, *flags, stdin="".join(f"{k}\n" for k in keys))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_compare_is_blind_resumable_and_counts(root, outputs):
+    first = compare(root, outputs, ["1", "x", "t", "q"])
+    assert "model-" not in first.split("\nmodel-a")[0]
+    assert "(6 pairs to go)" in first
+    with open(outputs[2], "a") as file:
+        file.write('{"half a li')
+    second = compare(root, outputs, "1" * 6)
+    with open(outputs[2]) as file:
+        lines = [json.loads(line) for line in file]
+    assert len(lines) == 8
+    assert sorted(line["instruction"] for line in lines) == [f"Task {i}" for i in range(8)]
+    assert {line["shown_first"] for line in lines} == {"a", "b"}
+    assert [line["instruction"] for line in lines] != sorted(line["instruction"] for line in lines)
+    wins, losses = (sum(line["better"] == side for line in lines) for side in "ab")
+    assert all(line["better"] in ("tie", line["shown_first"]) for line in lines)
+    assert f"model-a against model-b: {wins} wins, 1 ties, {losses} losses (0 pairs to go)" in second
+    assert compare(root, outputs, []).strip() == second[second.index("model-a against") :].strip()
+
+
+def test_judgements_of_other_answers_are_refused(root, outputs, tmp_path):
+    compare(root, outputs, "1" * 8)
+    pairs, names = pairwise.load_pairs(outputs[1], outputs[0], seed=42)
+    with pytest.raises(UserError, match="line 1 is no judgement of these answers"):
+        pairwise.Journal(outputs[2], pairs, names)
+    jdump(jload(outputs[0])[:-1], str(tmp_path / "short.json"))
+    with pytest.raises(UserError, match=r"has 8 answers and .* has 7"):
+        pairwise.load_pairs(outputs[0], str(tmp_path / "short.json"), seed=42)
+    jdump(jload(outputs[0])[::-1], str(tmp_path / "turned.json"))
+    with pytest.raises(UserError, match=r"record 0 and .* answer different instructions"):
+        pairwise.load_pairs(outputs[0], str(tmp_path / "turned.json"), seed=42)
+
+
+def test_wilson_interval_gives_the_known_values():
+    # R. G. Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
+    for successes, trials, expected in (
+        (81, 263, (0.2553, 0.3662)),
+        (15, 148, (0.0624, 0.1605)),
+        (0, 20, (0.0, 0.1611)),
+        (1, 29, (0.0061, 0.1718)),
+    ):
+        assert pairwise.wilson_interval(successes, trials) == pytest.approx(expected, abs=5e-5)
