@@ -5,14 +5,18 @@ Importing this module loads neither torch, transformers nor openai, so that ever
 
 import contextlib
 import difflib
+import errno
+import functools
 import inspect
-import io
 import json
 import os
+import re
+import secrets
+import shutil
 import sys
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 # The format that Alpaca models were trained on. A byte changed here changes every model trained with it.
 PROMPT_DICT = {
@@ -66,32 +70,48 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     crash nor a full disk leaves half a file or destroys the one that was there.
 
     Args:
-        path: the target; its folder is made where it is missing. A symbolic link is followed, not replaced.
+        path: the target; its folder is made where it is missing. A symbolic link is followed, not replaced, and a
+            file that stands there keeps its mode; what is no file, like /dev/stdout, is written to directly.
         mode: "w" for UTF-8 text or "wb" for bytes.
 
     Yields:
         The open temporary file.
+
+    Raises:
+        UserError: the folder or file can't be written, or the disk is full.
     """
-    path = os.path.realpath(path)
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=".tmp")
+    direct = os.path.exists(path) and not os.path.isfile(path)  # /dev/stdout can't be renamed over
+    path = os.fspath(path) if direct else os.path.realpath(path)
+    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(4)}.tmp")
+    with _refusing(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        name, mode = (path, mode) if direct else (temporary, mode.replace("w", "x"))
+        file = open(name, mode, encoding=None if "b" in mode else "utf-8")  # noqa: SIM115
     try:
-        with open(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with _refusing(path, only_full_disk=True), file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
+            if not direct:
+                os.fsync(file.fileno())
+        if os.path.isfile(path):
+            shutil.copymode(path, temporary)
+        if not direct:
+            os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+@contextlib.contextmanager
+def _refusing(path: str, only_full_disk: bool = False) -> Iterator[None]:
+    """Says in one line that a file can't be written; a caller's own OSErrors inside the block pass."""
+    try:
+        yield
+    except OSError as error:
+        if only_full_disk and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(f"cannot write {path}: {error.strerror}; what stood there before is unchanged") from error
 
 
 def jdump(obj: Any, f: str | os.PathLike | IO, mode: str = "w", indent: int = 4, default: Callable = str) -> None:
@@ -109,8 +129,12 @@ def jdump(obj: Any, f: str | os.PathLike | IO, mode: str = "w", indent: int = 4,
     """
     if not isinstance(obj, (dict, list, str)):
         raise ValueError(f"jdump writes a dict, list or str; got {type(obj).__name__}")
-    text = obj if isinstance(obj, str) else json.dumps(obj, indent=indent, default=default, ensure_ascii=False)
-    if isinstance(f, io.IOBase):
+    text = obj
+    if not isinstance(obj, str):
+        text = json.dumps(obj, indent=indent, default=default, ensure_ascii=False)
+        # Half a surrogate pair, which JSON can hold and UTF-8 can't, stays the escape as which it came.
+        text = re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match.group()):04x}", text)
+    if hasattr(f, "write"):
         with f:
             f.write(text)
     elif mode == "w":
@@ -127,9 +151,10 @@ def jload(f: str | os.PathLike | IO, mode: str = "r") -> Any:
     Raises:
         UserError: the file is missing, is no UTF-8 text or no JSON; the message has file, line and column.
     """
-    name = getattr(f, "name", f)
+    is_file = hasattr(f, "read")
+    name = getattr(f, "name", "the open file") if is_file else f
     try:
-        with f if isinstance(f, io.IOBase) else open(f, mode, encoding="utf-8") as file:
+        with f if is_file else open(f, mode, encoding="utf-8-sig") as file:
             return json.load(file)
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from error
@@ -168,6 +193,8 @@ def load_records(path: str | os.PathLike) -> list[tuple[str, dict]]:
                 try:
                     found.append((f"{path}, line {number}", json.loads(line)))
                 except json.JSONDecodeError as error:
+                    if not found and _is_json(text):
+                        raise UserError(f"{path} holds one JSON object; expected a list or one a line") from error
                     raise UserError(f"{path}, line {number}, column {error.colno}: not JSON ({error.msg})") from error
     for where, record in found:
         if not isinstance(record, dict):
@@ -175,6 +202,14 @@ def load_records(path: str | os.PathLike) -> list[tuple[str, dict]]:
     if not found:
         raise UserError(f"{path} holds no records; expected a JSON list or one JSON object a line")
     return found
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def load_examples(path: str | os.PathLike, *, require_output: bool = True) -> list[dict[str, str]]:
@@ -299,11 +334,11 @@ def alpaca_chat_template(adds_bos: bool) -> str:
 
 
 def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> None:
-    """Runs one of several commands from the command line through fire, the way every script here does it.
+    """Runs one of several commands from the command line, the way every script here does it.
 
-    Names and flags are checked before anything runs. Values take the type of their parameter: fire alone would read
-    the instruction "1,2" as a tuple. `--flag`, `--flag True`, `--flag=False` and `--noflag` all set a bool. What a
-    command returns is for Python callers and isn't printed.
+    The form is fire's, which also writes the help; but names, flags and types are checked before anything runs, and a
+    value takes the type of its parameter: fire would read the instruction "1,2" as a tuple. `--flag`, `--flag True`,
+    `--flag=False` and `--noflag` all set a bool. What a command returns is for Python callers and isn't printed.
 
     Args:
         commands: name on the command line -> function.
@@ -312,23 +347,39 @@ def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> Non
     Raises:
         SystemExit: with status 2 and one line on stderr for a user's mistake; 130 after Ctrl-C.
     """
-    import fire
-
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if not argv:
-            raise UserError(f"no command given; there are {', '.join(commands)} (--help tells more)")
-        if not argv[0].startswith("-"):
-            command = _nearest(argv[0].replace("-", "_"), commands, "command")
-            asks_help = {"-h", "--help"} & set(argv)
-            argv = [command, *(["--help"] if asks_help else _checked_flags(commands[command], command, argv[1:]))]
-        typed = {name: _with_parsers(function) for name, function in commands.items()}
-        fire.Fire(typed, command=argv, serialize=lambda _: None)
+        asks_help = {"-h", "--help"} & set(argv)
+        if asks_help and argv[0].startswith("-"):
+            _print_help(commands)
+        if not argv or argv[0].startswith("-"):
+            given = f"{argv[0]!r} stands before the command" if argv else "no command given"
+            raise UserError(f"{given}; there are {', '.join(commands)} (--help tells more)")
+        command = _nearest(argv[0].replace("-", "_"), commands, "command")
+        if asks_help:
+            _print_help(commands, command)
+        commands[command](**_read_flags(commands[command], command, argv[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _print_help(commands: dict[str, Callable], *command: str) -> NoReturn:
+    import fire
+
+    def flags_only(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def described(**values: Any) -> None: ...
+
+        signature = inspect.signature(function)
+        flags = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in signature.parameters.values()]
+        described.__signature__ = signature.replace(parameters=flags)
+        return described
+
+    fire.Fire({name: flags_only(function) for name, function in commands.items()}, [*command, "--", "--help"])
+    sys.exit(0)
 
 
 def _nearest(name: str, known: Mapping[str, Any], kind: str) -> str:
@@ -339,34 +390,38 @@ def _nearest(name: str, known: Mapping[str, Any], kind: str) -> str:
     raise UserError(f"unknown {kind} {name}; {hint}")
 
 
-def _checked_flags(function: Callable, command: str, arguments: list[str]) -> list[str]:
+def _read_flags(function: Callable, command: str, arguments: list[str]) -> dict[str, Any]:
     """Refuses unknown flags, stray values, wrong types and missing flags; the first mistake is reported.
 
     Returns:
-        The flags as `--name=value`, the one form in which fire takes a value that starts with a dash.
+        Parameter name -> value in its parameter's type.
     """
     flags = {f"--{name}": parameter for name, parameter in inspect.signature(function).parameters.items()}
+    letters = Counter(flag[2] for flag in flags)
+    shorts = {flag[1:3]: flag for flag in flags if letters[flag[2]] == 1}  # as fire's help shows them
     given, waiting = {}, list(arguments)
     while waiting:
         flag, has_value, value = waiting.pop(0).partition("=")
+        flag = shorts.get(flag, flag)
         if not flag.startswith("--"):
             raise UserError(f"unexpected argument {flag!r}; {command} takes its values by flags: {' '.join(flags)}")
         flag = "--" + flag[2:].replace("-", "_")
         if flag.startswith("--no") and flag not in flags and "--" + flag[4:] in flags:
             flag, has_value, value = "--" + flag[4:], True, "False"
         parameter = flags[_nearest(flag, flags, "flag")]
-        if not has_value and waiting and not waiting[0].startswith("--"):
+        if not has_value and waiting and not waiting[0].startswith("--") and waiting[0] not in shorts:
             value = waiting.pop(0)
         elif not has_value and _accepts(parameter, bool):
             value = "True"
         elif not has_value:
             raise UserError(f"{flag} needs a value (one that starts with dashes is written {flag}=VALUE)")
-        _parse(value, parameter)
-        given[flag] = value
-    missing = [flag for flag, parameter in flags.items() if parameter.default is parameter.empty and flag not in given]
+        if parameter.name in given:
+            raise UserError(f"{flag} is given twice")
+        given[parameter.name] = _parse(value, parameter)
+    missing = [flag for flag, p in flags.items() if p.default is p.empty and p.name not in given]
     if missing:
         raise UserError(f"{command} needs {' and '.join(missing)}; see {command} --help")
-    return [f"{flag}={value}" for flag, value in given.items()]
+    return given
 
 
 def _accepts(parameter: inspect.Parameter, kind: type) -> bool:
@@ -377,8 +432,6 @@ def _accepts(parameter: inspect.Parameter, kind: type) -> bool:
 
 def _parse(text: str, parameter: inspect.Parameter) -> Any:
     """Turns a flag's text into its parameter's type; a plain str annotation takes the text as it stands."""
-    if not isinstance(text, str):  # fire hands over True for a bare --flag
-        return text
     if text == "None" and _accepts(parameter, type(None)):
         return None
     readers = {bool: lambda t: {"true": True, "1": True, "false": False, "0": False}[t.lower()], int: int, float: float}
@@ -390,16 +443,3 @@ def _parse(text: str, parameter: inspect.Parameter) -> Any:
         return text
     names = {bool: "True or False", int: "a whole number", float: "a number"}
     raise UserError(f"--{parameter.name} must be {' or '.join(names[kind] for kind in expected)}, found {text!r}")
-
-
-def _with_parsers(function: Callable) -> Callable:
-    from functools import partial, wraps
-
-    from fire.decorators import SetParseFns
-
-    @wraps(function)
-    def call(*args, **kwargs):
-        return function(*args, **kwargs)
-
-    parameters = inspect.signature(function).parameters
-    return SetParseFns(**{name: partial(_parse, parameter=p) for name, p in parameters.items()})(call)
