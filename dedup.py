@@ -1,0 +1,148 @@
+"""ROUGE-L of new instructions against all instructions so far: exact to the last bit, without a loop over pairs.
+
+The original asked rouge_score for one pair at a time in a fresh process pool per candidate. Here every token is one
+character, so that rapidfuzz's bit-parallel longest common subsequence compares a whole round with the whole pool at
+once; the F measure is then computed by rouge_score's own float64 formula. `benchmarks/dedup.py` measures both.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# Surrogates may not stand in a Python string that rapidfuzz encodes; the code points around them may.
+_FIRST_SURROGATE, _SURROGATES = 0xD800, 0x800
+
+
+@dataclass
+class Verdict:
+    """What the pool said about one candidate.
+
+    Attributes:
+        kept: it is in the pool now.
+        nearest: the most similar instruction, None where the pool was empty.
+        score: its ROUGE-L F measure.
+        most_similar: for a kept candidate, its ten nearest instructions and their scores, best first.
+        mean: for a kept candidate, the mean score over the pool.
+    """
+
+    kept: bool
+    nearest: str | None
+    score: float
+    most_similar: dict[str, float] | None = None
+    mean: float = 0.0
+
+
+class RougePool:
+    """The instructions that a new one must differ from, kept encoded."""
+
+    def __init__(self, instructions: Sequence[str] = (), workers: int = 0) -> None:
+        """Encodes the first instructions.
+
+        Args:
+            instructions: the seed instructions and what was kept before; they aren't compared with one another.
+            workers: threads that compare; all cores when 0.
+        """
+        self.instructions: list[str] = []
+        self._workers = min(workers or 10**6, os.cpu_count() or 1)
+        self._ids: dict[str, str] = {}
+        self._encoded: list[str] = []
+        self._lengths = np.zeros(1024, dtype=np.int64)
+        for instruction in instructions:
+            self._add(instruction, self._encode(instruction))
+
+    def __len__(self) -> int:
+        """The number of instructions in the pool."""
+        return len(self.instructions)
+
+    def screen(
+        self, candidates: Sequence[str], threshold: float, room: int, eligible: Sequence[bool] | None = None
+    ) -> list[Verdict]:
+        """Judges candidates one after the other; each kept one joins the pool before the next is judged.
+
+        Args:
+            candidates: new instructions, in order.
+            threshold: a candidate with an F measure above it (not equal to it) is dropped.
+            room: how many may be kept.
+            eligible: for each candidate, whether it may be kept at all; the others are only scored.
+
+        Returns:
+            A verdict for each candidate.
+        """
+        encoded = [self._encode(text) for text in candidates]
+        overlaps = self._common_subsequences(encoded)
+        old, joined, verdicts = len(self), [], []
+        for i, candidate in enumerate(candidates):
+            overlap = np.concatenate([overlaps[i, :old], overlaps[i, old:][joined]])
+            scores = f_measure(overlap, self._lengths[: len(self)], len(encoded[i]))
+            best = int(len(scores) - 1 - np.argmax(scores[::-1])) if len(scores) else None
+            verdict = (
+                Verdict(False, None, 0.0)
+                if best is None
+                else Verdict(False, self.instructions[best], float(scores[best]))
+            )
+            if verdict.score <= threshold and len(joined) < room and (eligible is None or eligible[i]):
+                verdict.kept = True
+                verdict.most_similar = {self.instructions[j]: float(scores[j]) for j in _ten_best(scores)}
+                verdict.mean = float(np.mean(scores)) if len(scores) else 0.0
+                joined.append(i)
+                self._add(candidate, encoded[i])
+            verdicts.append(verdict)
+        return verdicts
+
+    def _common_subsequences(self, encoded: list[str]) -> np.ndarray:
+        """Longest common subsequences of the candidates (rows) with the pool and then with themselves (columns)."""
+        from rapidfuzz.distance import LCSseq
+        from rapidfuzz.process import cdist
+
+        longest = max(map(len, encoded), default=0)  # a common subsequence is no longer than the candidate
+        dtype = np.uint8 if longest < 256 else np.uint16 if longest < 65536 else np.int32
+        return cdist(encoded, self._encoded + encoded, scorer=LCSseq.similarity, dtype=dtype, workers=self._workers)
+
+    def _encode(self, text: str) -> str:
+        from rouge_score.tokenize import tokenize
+
+        return "".join(self._ids.get(token) or self._new_id(token) for token in tokenize(text, None))
+
+    def _new_id(self, token: str) -> str:
+        number = len(self._ids)
+        self._ids[token] = chr(number if number < _FIRST_SURROGATE else number + _SURROGATES)
+        return self._ids[token]
+
+    def _add(self, instruction: str, encoded: str) -> None:
+        if len(self) == len(self._lengths):
+            self._lengths = np.concatenate([self._lengths, np.zeros_like(self._lengths)])
+        self._lengths[len(self)] = len(encoded)
+        self._encoded.append(encoded)
+        self.instructions.append(instruction)
+
+
+def f_measure(overlap: np.ndarray, pool_lengths: np.ndarray, length: int) -> np.ndarray:
+    """ROUGE-L's F measure in the very operations of rouge_score 0.1.2 (`_score_lcs`, `scoring.fmeasure`).
+
+    The algebraically equal 2*lcs/(m+n) rounds differently and flips decisions at exactly 0.7 (lcs 7, lengths 7 and 13).
+
+    Args:
+        overlap: shape (n,), integer: length of the longest common subsequence with each instruction of the pool.
+        pool_lengths: shape (n,), integer: tokens of each instruction of the pool.
+        length: tokens of the candidate.
+
+    Returns:
+        shape (n,), float64; 0 where a side has no tokens or nothing is shared.
+    """
+    scores = np.zeros(len(overlap))
+    shared = overlap > 0
+    lcs = overlap[shared].astype(np.float64)
+    precision, recall = lcs / pool_lengths[shared], lcs / length
+    scores[shared] = 2 * precision * recall / (precision + recall)
+    return scores
+
+
+def _ten_best(scores: np.ndarray) -> np.ndarray:
+    """Like np.argsort(scores, kind="stable")[-10:][::-1], without sorting the whole pool."""
+    if len(scores) <= 10:
+        return np.argsort(scores, kind="stable")[::-1]
+    tenth = np.partition(scores, -10)[-10]
+    candidates = np.flatnonzero(scores >= tenth)
+    return candidates[np.argsort(scores[candidates], kind="stable")[-10:][::-1]]

@@ -1,0 +1,106 @@
+"""The append-only record of every answer that was paid for, `requests.jsonl`: fsynced before an answer is used."""
+
+import contextlib
+import json
+import os
+from typing import Any
+
+from utils import UserError
+
+
+class Journal:
+    """`requests.jsonl` of one output folder, held open and locked by one run.
+
+    A line is one answer:
+    `{"request_index", "prompt_sha256", "model", "settings", "text", "finish_reason", "usage", "cost"}`.
+
+    Attributes:
+        records: request index -> record, those found in the file and those appended since.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Opens the file or makes it, and reads what it holds; a last line that a crash tore is cut off.
+
+        Raises:
+            UserError: another run holds the file, or a line in it is no record.
+        """
+        import fcntl
+
+        self.path = path
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another run is writing {path}; wait for it, or name another --output_dir") from error
+        self.records, whole = read_journal(path)
+        size = os.fstat(self._file).st_size
+        if whole < size:
+            os.ftruncate(self._file, whole)
+        elif size and os.pread(self._file, 1, size - 1) != b"\n":  # the last line lacks its end and nothing else
+            os.write(self._file, b"\n")
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """Adds answers and returns when they are on the disk."""
+        data = memoryview("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+        while data:
+            data = data[os.write(self._file, data) :]
+        os.fsync(self._file)
+        self.records.update((record["request_index"], record) for record in records)
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Refuses a journal that was written under other settings.
+
+        Args:
+            settings: what decides which answers come, by name; each record carries it.
+
+        Raises:
+            UserError: names the first setting that differs, with both values.
+        """
+        for record in self.records.values():
+            found = {"model": record.get("model"), **record.get("settings", {})}
+            for name, value in settings.items():
+                if found.get(name) != value:
+                    raise UserError(
+                        f"{self.path} was written with {name} {found.get(name)!r}, this run has {value!r}; "
+                        "give the same again, or name another --output_dir"
+                    )
+
+    def close(self) -> None:
+        """Gives the file and its lock back."""
+        with contextlib.suppress(OSError):
+            os.close(self._file)
+
+
+def read_journal(path: str) -> tuple[dict[int, dict[str, Any]], int]:
+    """Reads a journal.
+
+    Returns:
+        Request index -> record, and the number of bytes that hold whole records: all but a torn last line.
+
+    Raises:
+        UserError: with the line number: a line that is no record, or an index that stands twice.
+    """
+    try:
+        with open(path, "rb") as file:
+            lines = file.read().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    records: dict[int, dict[str, Any]] = {}
+    whole = 0
+    for number, line in enumerate(lines, start=1):
+        last = number == len(lines)
+        if line.strip():
+            try:
+                record = json.loads(line)
+                index = record["request_index"]
+                record["text"], record["prompt_sha256"]
+            except (ValueError, TypeError, KeyError) as error:
+                if last:
+                    break
+                raise UserError(f"{path}, line {number}: not a record of an answer; restore or remove it") from error
+            if index in records:
+                raise UserError(f"{path}, line {number}: request_index {index} stands there twice")
+            records[index] = record
+        whole += len(line) + (not last)
+    return records, whole

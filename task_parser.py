@@ -1,0 +1,154 @@
+r"""From a completion's text to tasks: what the original's rules find, and what they lost for a heading's sake.
+
+" Name a prime.\n4. Input:\n<noinput>\n4. Output:\n7\n###\n5. Instruction: ..."
+-> [ParsedTask("Name a prime.", "", "7"), ...]
+"""
+
+import re
+from dataclasses import dataclass
+
+_FIELD = r"(?P<field>Instruction|Input|Output|INSTRUCTION|INPUT|OUTPUT)[ \t]*(?P<closing>\*\*|__)?[ \t]*:"
+# "4. Instruction:", "**4. Input:**", "4) **Output**:", "### 4. Instruction:", "Task 4 - Input:"; at line starts only.
+_NUMBERED = re.compile(
+    r"^[ \t>]*(?P<hashes>#{1,6})?[ \t]*(?P<opening>\*\*|__)?(?:Task[ \t]+)?"
+    rf"(?P<number>\d+)[ \t]*[.):-]?[ \t]*(?P<inner>\*\*|__)?{_FIELD}",
+    re.MULTILINE,
+)
+_UNNUMBERED = re.compile(
+    rf"^[ \t>]*(?P<hashes>#{{1,6}})?[ \t]*(?P<opening>\*\*|__)?(?P<number>)(?P<inner>){_FIELD}", re.MULTILINE
+)
+_SEPARATOR = re.compile(r"^[ \t]*#{3,}[ \t]*$", re.MULTILINE)
+_HALF_A_HEADING = re.compile(r"\s*(\*\*)?(\d+[.)]?)?\s*(\*\*)?\w{0,11}\s*\Z")
+_NO_INPUT = re.compile(
+    r"[<(\[]?\s*(no[ _-]?input( (is )?(needed|required|provided|necessary))?|n/?a|none)\s*[>)\]]?\.?\Z", re.IGNORECASE
+)
+_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+
+
+@dataclass
+class ParsedTask:
+    """A task found in a completion, or the stretch of text where one should have been.
+
+    Attributes:
+        instruction: its text, or the whole stretch where it is malformed or truncated.
+        input: "" where none is needed.
+        output: the answer.
+        problem: None, "malformed" or "truncated".
+    """
+
+    instruction: str
+    input: str = ""
+    output: str = ""
+    problem: str | None = None
+
+
+@dataclass
+class _Heading:
+    number: str
+    field: str
+    start: int
+    end: int
+    separated: bool
+
+
+def parse_tasks(text: str, first_number: int, truncated: bool = False) -> list[ParsedTask]:
+    """Finds the tasks in a completion.
+
+    A numbered `Instruction:` heading at a line start begins a task, whether its number is the next one, repeats, skips
+    or restarts; a line of ### before it ends the task before. Inside a task only its own number's headings count, so
+    that an output may hold ### and numbered headings itself.
+
+    Args:
+        text: what the model answered after the prompt's last `{first_number}. Instruction:`.
+        first_number: the number in that heading; an answer that repeats the heading is understood as well.
+        truncated: the answer was cut (by length or a content filter), so that its last task is incomplete.
+
+    Returns:
+        The tasks in order, those with a problem included; none for an empty text.
+    """
+    text = _THOUGHT.sub("", text)
+    if not text.strip():
+        return []
+    pattern = _NUMBERED if _NUMBERED.search(text) else _UNNUMBERED
+    headings = _headings(text, pattern)
+    has_separators = any(heading.separated for heading in headings)
+    starts = _task_starts(headings, str(first_number) if pattern is _NUMBERED else "")
+    tasks = []
+    for start, following in zip(starts, [*starts[1:], None], strict=True):
+        end, complete = (following.start, True) if following else _end_of_text(text, start.end, headings, truncated)
+        inner = [heading for heading in headings if start.end <= heading.start < end]
+        if following and start is starts[0] and not inner and _is_preamble(text[:end], following, first_number):
+            continue
+        segment = _without_separator(text[:end], "#" if has_separators else "#-*")
+        if complete:
+            tasks.append(_read_task(segment, start, inner))
+        else:
+            tasks.append(ParsedTask(segment[start.end :].strip(), problem="truncated"))
+    return tasks
+
+
+def _headings(text: str, pattern: re.Pattern) -> list[_Heading]:
+    found = []
+    for match in pattern.finditer(text):
+        end = match.end()
+        bold = match["opening"] or match["inner"]
+        if bold and not match["closing"] and text.startswith(bold, end):  # "**4. Input:**" closes after the colon
+            end += len(bold)
+        separated = bool(match["hashes"]) or text[: match.start()].rstrip().endswith("###")
+        found.append(_Heading(match["number"], match["field"].lower(), match.start(), end, separated))
+    return found
+
+
+def _without_separator(text: str, marks: str) -> str:
+    """The text without the ### (or, where tasks are separated by rules, --- or ***) that it ends in."""
+    text = text.rstrip()
+    bare = text.rstrip(marks)
+    separates = len(text) - len(bare) >= 3 and (text.endswith("###") or bare.endswith("\n"))
+    return bare.rstrip() if separates else text
+
+
+def _task_starts(headings: list[_Heading], first_number: str) -> list[_Heading]:
+    """The headings that begin a task, after the prompt's own `Instruction:`, which stands before the text."""
+    has_separators = any(heading.separated for heading in headings)
+    starts = [_Heading(first_number, "instruction", 0, 0, True)]
+    fields = set()
+    for heading in headings:
+        if heading.field != "instruction":
+            fields.add(heading.field)
+            continue
+        step = int(heading.number) - int(starts[-1].number) if heading.number else 0
+        # Where ### separates tasks, a smaller number without it is an example inside an output.
+        unseparated = step == 1 or ("output" in fields and (step > 0 or not has_separators))
+        if heading.separated or unseparated or (len(starts) == 1 and not fields):
+            starts.append(heading)
+            fields = set()
+    return starts
+
+
+def _is_preamble(text: str, following: _Heading, first_number: int) -> bool:
+    """Whether what stands before the first heading introduces the list ("Sure, here are 20 tasks:") or is no task."""
+    return not text.strip("#` \n") or not following.number or int(following.number) <= first_number
+
+
+def _end_of_text(text: str, start: int, headings: list[_Heading], truncated: bool) -> tuple[int, bool]:
+    """Where the last task ends and whether it is complete: a ### line after its last heading ends it."""
+    last_heading = max((heading.end for heading in headings), default=start)
+    for separator in _SEPARATOR.finditer(text, max(start, last_heading)):
+        if not truncated or _HALF_A_HEADING.match(text, separator.end()):
+            return separator.start(), True
+    return len(text), not truncated
+
+
+def _read_task(text: str, start: _Heading, inner: list[_Heading]) -> ParsedTask:
+    """Cuts a task, which ends where `text` does, into its fields."""
+    own = [heading for heading in inner if heading.number == start.number]
+    if not any(heading.field == "output" for heading in own):  # numbered 4, 5, 6 through the fields of one task
+        own = [heading for heading in inner if heading.field != "instruction"]
+        outputs = [heading for heading in own if heading.field == "output"]
+        own = [heading for heading in own if heading.field == "input"][:1] + outputs[:1]
+    if [heading.field for heading in own] not in (["input", "output"], ["output"]):
+        return ParsedTask(text[start.end :].strip(), problem="malformed")
+    edges = [start.end, *(edge for heading in own for edge in (heading.start, heading.end)), len(text)]
+    fields = [text[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    instruction, task_input, output = fields if len(fields) == 3 else (fields[0], "", fields[1])
+    return ParsedTask(instruction, "" if _NO_INPUT.match(task_input) else task_input, output)

@@ -1,0 +1,268 @@
+"""A small OpenAI-compatible server that can be told to fail; answers depend on nothing but the prompt.
+
+    python tests/openai_server.py --seconds_per_answer 1    # prints its base URL; for benchmarks/generation.py
+
+In a test: `with Server(models=["tiny"]) as server: ... server.base_url`. `server.faults` holds what goes wrong with the
+next completions, one fault each (a function of the request's body where the choice depends on it), for instance
+    {"status": 429, "error": {...}, "headers": {"Retry-After": "1"}}   {"drop": True}   {"half": True}   {"raw": "hi"}
+and `server.refuses` the parameters that it refuses for good.
+"""
+
+import hashlib
+import json
+import random
+import re
+import sys
+import threading
+import time
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+_TEXT = (
+    "amber anchor badger barley beacon birch bishop blossom bramble brass bridge candle canyon cedar cherry cinder "
+    "clover cobalt comet copper coral cotton cricket crystal daisy dapple delta desert drift eagle ember fable falcon "
+    "fathom feather fennel ferry fiddle flint forest fossil garnet ginger glacier granite harbor hazel heather hollow "
+    "honey indigo island ivory jasmine jasper juniper kettle lagoon lantern lavender lemon lily linen lotus lunar "
+    "magnet maple marble meadow mellow mirror mosaic nectar nickel nutmeg oak ocean olive onyx opal orchid otter "
+    "paper pearl pebble pepper pine plover poplar prairie quartz quill raven reef ribbon river rosemary ruby saddle "
+    "saffron sage salmon sand sapphire shadow silver sparrow spruce stone summit sunset swallow tango thistle thunder "
+    "tiger timber topaz tulip tundra umber valley velvet violet walnut willow winter yarrow zephyr zinc"
+)
+WORDS = _TEXT.split()
+
+
+def tasks_for(prompt: str, count: int = 17) -> list[tuple[str, str, str]]:
+    """The tasks that the server answers a prompt with: different for each prompt, the same each time."""
+    rng = random.Random(hashlib.sha256(prompt.encode()).hexdigest())
+    tasks = []
+    for _ in range(count):
+        words = rng.sample(WORDS, 9)
+        given = f"{words[5]} and {words[6]}" if rng.random() < 0.4 else "<noinput>"
+        tasks.append((f"Tell how {' '.join(words[:6])} differ.", given, f"They differ by {words[7]}.\n- {words[8]}"))
+    return tasks
+
+
+def completion_for(prompt: str, tasks: list[tuple[str, str, str]] | None = None) -> str:
+    """A well-formed completion, as the original's model gave it."""
+    first = int(re.findall(r"^(\d+)\. Instruction:", prompt, re.MULTILINE)[-1])
+    text = ""
+    for number, (instruction, given, output) in enumerate(tasks or tasks_for(prompt), start=first):
+        text += f"###\n{number}. Instruction: {instruction}\n{number}. Input:\n{given}\n{number}. Output:\n{output}\n"
+    return text.removeprefix(f"###\n{first}. Instruction:").removesuffix("\n")
+
+
+class Server(ThreadingHTTPServer):
+    """See the module's docstring. Counts what it was asked: `requests` holds (path, body) of each completion."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, models=("tiny",), key=None, seconds_per_answer=0.0, apis=("chat", "completions"), answer=None):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.models, self.key, self.seconds, self.apis = list(models), key, seconds_per_answer, apis
+        self.answer = answer or completion_for
+        self.base_url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.faults, self.refuses, self.requests, self.files, self.batches = [], {}, [], {}, {}
+        self.polls_per_batch = 1
+        self.answered, self.in_flight, self.most_in_flight = 0, 0, 0
+        self.lock = threading.Lock()
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request, client_address):
+        """A client that hangs up is part of many tests."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+    def prompts(self) -> list[str]:
+        """The prompts of all completions asked for, in order of arrival."""
+        return [_prompt_of(body) for _, body in self.requests]
+
+    def completion(self, path: str, body: dict) -> dict:
+        """The answer's body."""
+        prompt = _prompt_of(body)
+        answer = self.answer(prompt)
+        answer = answer if isinstance(answer, dict) else {"text": answer}
+        text, reason = answer["text"], answer.get("finish_reason", "stop")
+        chat = path.endswith("/chat/completions")
+        content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(text) // 4}
+        usage["total_tokens"] = sum(usage.values())
+        choice = {"index": 0, "finish_reason": reason, **content}
+        kind = "chat.completion" if chat else "text_completion"
+        return {"id": f"c-{uuid.uuid4()}", "object": kind, "model": body["model"], "choices": [choice], "usage": usage}
+
+    def refusal(self, path: str, body: dict) -> tuple[int, dict] | None:
+        """What is wrong with a request, by the rules that this server was given."""
+        chat = path.endswith("/chat/completions")
+        if ("chat" if chat else "completions") not in self.apis:
+            return 404, {"detail": "Not Found"}
+        if body.get("model") not in self.models and "/deployments/" not in path:
+            message = f"The model `{body.get('model')}` does not exist."
+            return 404, {"error": {"message": message, "type": "invalid_request_error", "code": "model_not_found"}}
+        for name, refusal in self.refuses.items():
+            if name in body:
+                return refusal
+        return None
+
+
+def unsupported(name: str, hint: str = "") -> tuple[int, dict]:
+    """OpenAI's refusal of a parameter."""
+    message = f"Unsupported parameter: '{name}' is not supported with this model. {hint}"
+    error = {"message": message, "type": "invalid_request_error", "param": name, "code": "unsupported_parameter"}
+    return 400, {"error": error}
+
+
+def _prompt_of(body: dict) -> str:
+    return body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Server
+
+    def log_message(self, *_):
+        pass
+
+    def _send(self, status, body, headers=None):
+        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _refuses_key(self) -> bool:
+        given = self.headers.get("api-key") or self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if self.server.key is None or given == self.server.key:
+            return False
+        error = {"message": f"Incorrect API key provided: {given[:4]}****.", "code": "invalid_api_key"}
+        self._send(401, {"error": {**error, "type": "invalid_request_error", "param": None}})
+        return True
+
+    def do_GET(self):
+        path, server = self.path.split("?")[0], self.server
+        if self._refuses_key():
+            return
+        if path.endswith("/models"):
+            self._send(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in server.models]})
+        elif path.endswith("/batches"):
+            data = list(server.batches.values())[::-1]
+            self._send(200, {"object": "list", "data": data, "has_more": False})
+        elif "/batches/" in path:
+            batch = server.batches[path.rsplit("/", 1)[1]]
+            self._work_on(batch)
+            self._send(200, batch)
+        elif path.endswith("/content"):
+            self._send(200, server.files[path.split("/")[-2]])
+        else:
+            self._send(404, {"detail": "Not Found"})
+
+    def do_POST(self):
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = self.path.split("?")[0]
+        if self._refuses_key():
+            return
+        if path.endswith("/completions"):
+            self._complete(path, json.loads(data))
+        elif path.endswith("/files"):
+            self._upload(data)
+        elif path.endswith("/batches"):
+            self._create_batch(json.loads(data))
+        else:
+            self._send(404, {"detail": "Not Found"})
+
+    def _complete(self, path, body):
+        server = self.server
+        with server.lock:
+            server.requests.append((path, body))
+            server.in_flight += 1
+            server.most_in_flight = max(server.most_in_flight, server.in_flight)
+            fault = server.faults.pop(0) if server.faults else {}
+        try:
+            fault = fault(body) if callable(fault) else fault
+            time.sleep(fault.get("delay", server.seconds))
+            self._answer(path, body, fault)
+        finally:
+            with server.lock:
+                server.in_flight -= 1
+
+    def _answer(self, path, body, fault):
+        server = self.server
+        if fault.get("drop"):
+            self.close_connection = True
+        elif "status" in fault:
+            self._send(
+                fault["status"], {"error": fault.get("error", {"message": "told to fail"})}, fault.get("headers")
+            )
+        elif refusal := server.refusal(path, body):
+            self._send(*refusal)
+        elif fault.get("half"):
+            whole = json.dumps(server.completion(path, body)).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(whole)))
+            self.end_headers()
+            self.wfile.write(whole[: len(whole) // 2])
+            self.close_connection = True
+        elif "raw" in fault:
+            self._send(200, fault["raw"], {"Content-Type": fault.get("type", "application/json")})
+        else:
+            with server.lock:
+                server.answered += 1
+            self._send(200, server.completion(path, body))
+
+    def _upload(self, data):
+        boundary = self.headers["Content-Type"].split("boundary=")[1].encode()
+        part = next(part for part in data.split(b"--" + boundary) if b'name="file"' in part)
+        name = f"file-{uuid.uuid4().hex}"
+        self.server.files[name] = part.split(b"\r\n\r\n", 1)[1].removesuffix(b"\r\n").decode()
+        self._send(200, {"id": name, "object": "file", "purpose": "batch", "bytes": len(data), "filename": "f"})
+
+    def _create_batch(self, body):
+        name = f"batch_{uuid.uuid4().hex}"
+        batch = {"id": name, "object": "batch", "status": "validating", "created_at": int(time.time()), **body}
+        self.server.batches[name] = {**batch, "output_file_id": None, "error_file_id": None, "polls": 0}
+        self._send(200, self.server.batches[name])
+
+    def _work_on(self, batch):
+        """One poll brings a batch one step on: in progress, then completed."""
+        server = self.server
+        batch["polls"] += 1
+        if batch["status"] == "completed" or batch["polls"] <= server.polls_per_batch:
+            batch["status"] = "in_progress" if batch["status"] == "validating" else batch["status"]
+            return
+        good, bad = [], []
+        for line in server.files[batch["input_file_id"]].splitlines():
+            request = json.loads(line)
+            server.requests.append((request["url"], request["body"]))
+            refusal = server.refusal(request["url"], request["body"])
+            status, body = refusal or (200, server.completion(request["url"], request["body"]))
+            response = {"status_code": status, "request_id": "r", "body": body}
+            line = {"id": "b", "custom_id": request["custom_id"], "response": response, "error": None}
+            (bad if refusal else good).append(json.dumps(line) + "\n")
+        for lines, field in ((good, "output_file_id"), (bad, "error_file_id")):
+            if lines:
+                batch[field] = f"file-{uuid.uuid4().hex}"
+                server.files[batch[field]] = "".join(lines[::-1])  # the order of a batch's output is not its input's
+        batch["status"] = "completed"
+
+
+if __name__ == "__main__":
+    from utils import run_cli
+
+    def serve(seconds_per_answer: float = 1.0) -> None:
+        """Serves until it is killed."""
+        with Server(seconds_per_answer=seconds_per_answer) as server:
+            print(server.base_url, flush=True)
+            threading.Event().wait()
+
+    run_cli({"serve": serve})
