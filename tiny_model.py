@@ -6,9 +6,12 @@ The tokenizer is trained on the data: sentencepiece BPE with byte fallback for L
 as the original checkpoints carry them. The model knows nothing until `train.py` has taught it.
 """
 
+import io
 import os
 
 from utils import PROMPT_DICT, UserError, jdump, jload, load_examples, run_cli
+
+MIN_VOCAB_SIZE = 260  # 256 bytes and OPT's four special tokens
 
 
 def make(
@@ -24,23 +27,29 @@ def make(
         seed: of the weights.
         dtype: of the saved weights: float32, float16 or bfloat16.
     """
-    if os.path.isdir(output_dir) and os.listdir(output_dir):
-        raise UserError(f"{output_dir} is not empty; name a new folder")
+    if os.path.exists(output_dir) and not (os.path.isdir(output_dir) and not os.listdir(output_dir)):
+        raise UserError(f"{output_dir} is there already and not an empty folder; name a new one")
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise UserError(f"--dtype must be float32, float16 or bfloat16, found {dtype!r}")
     settings = jload(config)
     trainers = {"llama": _train_sentencepiece, "opt": _train_byte_level_bpe}
-    if settings.get("model_type") not in trainers:
-        raise UserError(f"{config}: model_type must be llama or opt, found {settings.get('model_type')!r}")
-    settings["vocab_size"] = vocab_size or settings["vocab_size"]
+    kind = settings.pop("model_type", None) if isinstance(settings, dict) else None
+    if kind not in trainers:
+        raise UserError(f"{config}: model_type must be llama or opt, found {kind!r}")
+    settings["vocab_size"] = vocab_size or settings.get("vocab_size")
+    if not isinstance(settings["vocab_size"], int) or settings["vocab_size"] < MIN_VOCAB_SIZE:
+        raise UserError(f"vocab_size must be {MIN_VOCAB_SIZE} or more, found {settings['vocab_size']!r}")
     texts = [text for example in load_examples(data_path) for text in (example["instruction"], example["output"])]
-    os.makedirs(output_dir, exist_ok=True)
-    trainers[settings["model_type"]]([*PROMPT_DICT.values(), *texts], settings["vocab_size"], output_dir)
 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    kind = settings.pop("model_type")
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{config}: no {kind} can be made of it ({' '.join(str(error).split())})") from error
+    trainers[kind]([*PROMPT_DICT.values(), *texts], settings["vocab_size"], output_dir)
     model.to(getattr(torch, dtype)).save_pretrained(output_dir)
     print(f"{output_dir}: {kind} with {model.num_parameters():,} random parameters, {settings['vocab_size']:,} tokens")
 
@@ -49,7 +58,8 @@ def _train_sentencepiece(texts: list[str], vocab_size: int, output_dir: str) -> 
     """LLaMA's settings: BPE, byte fallback, split digits, <unk> 0, <s> 1, </s> 2, no pad token."""
     import sentencepiece
 
-    with open(os.path.join(output_dir, "tokenizer.model"), "wb") as model:
+    model = io.BytesIO()
+    try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=model,
@@ -63,6 +73,12 @@ def _train_sentencepiece(texts: list[str], vocab_size: int, output_dir: str) -> 
             hard_vocab_limit=False,
             minloglevel=2,
         )
+    except RuntimeError as error:  # the characters alone need more
+        reason = str(error).rpartition("] ")[2] or str(error)
+        raise UserError(f"{vocab_size} tokens are too few for this data ({reason}); raise --vocab_size") from error
+    os.makedirs(output_dir, exist_ok=True)
+    with open(os.path.join(output_dir, "tokenizer.model"), "wb") as file:
+        file.write(model.getvalue())
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     jdump(
         {
@@ -86,6 +102,7 @@ def _train_byte_level_bpe(texts: list[str], vocab_size: int, output_dir: str) ->
     tokenizer = ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    os.makedirs(output_dir, exist_ok=True)
     tokenizer.save_model(output_dir)
     tokens = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     jdump(
