@@ -31,8 +31,8 @@ from dataclasses import dataclass, field
 import torch
 import transformers
 from torch.utils.data import Dataset
-from transformers import Trainer
 
+import packing
 import tokenization
 from utils import (
     DEFAULT_BOS_TOKEN,
@@ -104,6 +104,23 @@ class TrainingArguments(transformers.TrainingArguments):
             "help": "micro_batch: the mean over micro-batches of each one's token mean, as the original. "
             "global: the mean over all tokens of a step, across accumulation and ranks."
         },
+    )
+    padding_free: str = field(
+        default="auto",
+        metadata={
+            "help": "true: the examples of a step are laid end to end, without padding. false: padded batches, as the "
+            "original. auto: true wherever loss and gradients are the padded batch's."
+        },
+    )
+    shared_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "true: the template's opening words are computed once per padding-free pass, not once per example. "
+            "false: they are not. auto: true wherever that changes nothing."
+        },
+    )
+    max_tokens_per_pass: int = field(
+        default=0, metadata={"help": "Tokens of a padding-free pass; by the device's memory when 0."}
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train into a folder that already holds a run; its files are replaced."}
@@ -261,7 +278,7 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments) -> dict:
 # Training
 
 
-class AlpacaTrainer(Trainer):
+class AlpacaTrainer(packing.PackedTrainer):
     """The Trainer with the original's loss."""
 
     def __init__(self, *args, **kwargs):
@@ -297,7 +314,19 @@ def train() -> None:
         say(f"added {rows} row(s) to the embeddings for {', '.join(added.values())}")
     with training_args.main_process_first(local=True):
         data_module = make_supervised_data_module(tokenizer, data_args)
+    packed, shared, why_not = packing.choose(
+        model.config,
+        training_args.padding_free,
+        training_args.shared_prefix,
+        lora_dropout=model_args.lora_dropout if model_args.lora_r else 0.0,
+    )
+    if why_not:
+        say(why_not)
+    if packed:
+        packing.install(model)
     trainer = AlpacaTrainer(model=model, args=training_args, processing_class=tokenizer, **data_module)
+    if packed:
+        say(trainer.pack(training_args.max_tokens_per_pass or 16384, shared))
     trainer.train()
     trainer.save_state()
     trainer.save_model()
