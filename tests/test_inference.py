@@ -1,9 +1,12 @@
 """inference.py on a tiny LLaMA that the fixture teaches a handful of answers word for word."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,7 +41,7 @@ def model_path(tmp_path_factory, root):
     config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
     jdump(config, str(folder / "config.json"))
     jdump(LESSONS, str(folder / "lessons.json"))
-    path = str(folder / "taught")
+    path = str(folder / "tiny-alpaca")
     tiny_model.make(str(folder / "config.json"), str(folder / "lessons.json"), path, vocab_size=420)
     teach(path)
     return path
@@ -166,7 +169,7 @@ def test_batches_equal_one_at_a_time_in_input_order(model_path, data_path, alpac
     data = jload(data_path)
     assert [(r["instruction"], r["input"]) for r in one] == [(r["instruction"], r["input"]) for r in data]
     assert all(r.keys() == {"instruction", "input", "output", "generator"} for r in one)
-    assert {r["generator"] for r in one} == {"taught"}
+    assert {r["generator"] for r in one} == {"tiny-alpaca"}
     settings = alpaca.settings(60, 0.0, 1.0)
     for record in one:
         assert record["output"] == "".join(alpaca.stream(alpaca.encode(record, 60)[0], settings))
@@ -421,3 +424,115 @@ def test_wilson_interval_gives_the_known_values():
         (1, 29, (0.0061, 0.1718)),
     ):
         assert pairwise.wilson_interval(successes, trials) == pytest.approx(expected, abs=5e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages, in a browser
+
+CHROMIUM = "/usr/bin/chromium"
+CHROMIUM_FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update"
+# Runs a command as inference.py does, with a model that takes its time, and reports whoever looks up another machine.
+SERVER = """
+import socket, sys, time
+look_up = socket.getaddrinfo
+def local_only(host, *args, **kwargs):
+    if host not in ("127.0.0.1", "localhost", "0.0.0.0", None, ""):
+        print("LOOKED UP", host, file=sys.stderr)
+        raise OSError("offline")
+    return look_up(host, *args, **kwargs)
+socket.getaddrinfo = local_only
+if "demo" in sys.argv:
+    from transformers import LlamaForCausalLM
+    forward = LlamaForCausalLM.forward
+    def slow(*args, **kwargs):
+        time.sleep(0.03)
+        return forward(*args, **kwargs)
+    LlamaForCausalLM.forward = slow
+import inference
+inference.run_cli({"demo": inference.demo, "compare": inference.compare})
+"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not os.path.exists(CHROMIUM):
+        pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        flags = [*CHROMIUM_FLAGS.split(), "--disable-sync", "--no-first-run"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@contextlib.contextmanager
+def served(root, tmp_path, *arguments):
+    port = free_port()
+    command = [sys.executable, "-c", SERVER, *arguments, "--port", str(port)]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log)
+    try:
+        while "open http" not in (tmp_path / "log").read_text():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+    log = (tmp_path / "log").read_text()
+    assert "LOOKED UP" not in log
+    assert "Traceback" not in log
+
+
+def open_page(browser, url):
+    page = browser.new_page(viewport={"width": 1180, "height": 800})
+    page.requests = []
+    page.on("request", lambda request: page.requests.append(request.url))
+    page.goto(url)
+    return page
+
+
+def test_browser_sees_the_answer_stream_and_stop_ends_it(root, model_path, tmp_path, browser):
+    expect = pytest.importorskip("playwright.sync_api").expect
+    with served(root, tmp_path, "demo", "--model_path", model_path, "--seed", "1") as url:
+        page = open_page(browser, url)
+        instruction, answer = page.locator("#instruction textarea"), page.locator("#answer textarea")
+        expect(page.get_by_text("has not been made safe")).to_be_visible()
+        expect(page.get_by_role("heading", name="tiny-alpaca")).to_be_visible()
+        assert page.locator("input[type=number]").nth(0).input_value() == "0.7"
+        assert page.locator("input[type=number]").nth(1).input_value() == "0.9"
+        instruction.fill("Count to forty.")
+        page.locator("#ask").click()
+        whole = LESSONS[5]["output"]
+        expect(answer).to_have_value(re.compile(r"^1 2 3 4 5"))
+        early = answer.input_value()
+        assert whole.startswith(early)
+        assert len(early) < len(whole)
+        page.locator("#stop").click()
+        expect(page.locator("#status")).to_have_text("Stopped.")
+        page.wait_for_timeout(500)
+        stopped = answer.input_value()
+        page.wait_for_timeout(500)
+        assert answer.input_value() == stopped
+        assert len(stopped) < len(whole)
+        # The stopped model is free for the next question.
+        instruction.fill("Translate to French.")
+        page.locator("#input textarea").fill("Good morning")
+        page.locator("#ask").click()
+        expect(answer).to_have_value("Bonjour")
+        expect(page.locator("#status")).to_contain_text("Done in")
+        page.locator("#input textarea").fill("")
+        instruction.fill("Name the three primary colors.")
+        page.locator("#ask").click()
+        expect(answer).to_have_value("Red, blue and yellow.")
+        if folder := os.environ.get("SCREENSHOT_DIR"):
+            page.screenshot(path=os.path.join(folder, "demo.png"))
+        assert {requested.split("/")[2] for requested in page.requests if requested[:4] == "http"} == {
+            url.split("/")[2]
+        }
+        page.close()
