@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tokenization import load_tokenizer
 from utils import UserError, format_prompt, jload
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -98,7 +99,7 @@ def load(model_path: str, device: str | None = None, dtype: str | None = None) -
     with contextlib.redirect_stdout(sys.stderr):  # libraries log to stdout when they are first imported
         import torch
         from safetensors import SafetensorError
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -109,9 +110,8 @@ def load(model_path: str, device: str | None = None, dtype: str | None = None) -
     device = pick_device(device)
     try:
         config = AutoConfig.from_pretrained(base)
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_path if os.path.exists(os.path.join(model_path, "tokenizer_config.json")) else base
-        )
+        own = os.path.exists(os.path.join(model_path, "tokenizer_config.json"))
+        tokenizer, notes = load_tokenizer(model_path if own else base, config.get_text_config().max_position_embeddings)
         with torch.device("meta"):
             parameters = AutoModelForCausalLM.from_config(config).num_parameters()
         dtype = pick_dtype(dtype, device, parameters)
@@ -120,11 +120,13 @@ def load(model_path: str, device: str | None = None, dtype: str | None = None) -
         )
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load {base}: {' '.join(str(error).split())[:300]}") from error
     missing = sorted(report["missing_keys"])
     if missing:  # transformers fills them with random numbers and goes on: the gibberish that users report
         raise UserError(f"{base} lacks {len(missing)} of the model's tensors, {missing[0]} first; copy it again")
+    for note in notes:
+        say(note)
     if os.path.exists(adapter):
         model = _with_adapter(model, model_path, len(tokenizer))
     say(f"{os.path.basename(os.path.normpath(model_path))}: {parameters:,} parameters, {dtype} on {model.device}")

@@ -18,7 +18,8 @@ import generation
 import inference
 import pairwise
 import tiny_model
-from utils import UserError, format_prompt, jdump, jload
+from tokenization import load_tokenizer
+from utils import UserError, alpaca_chat_template, format_prompt, jdump, jload
 
 CODE = "def add(a, b):\n    if a:\n        return a + b\n    return b"
 LESSONS = [
@@ -86,6 +87,11 @@ def model_copy(model_path, tmp_path):
 def run(root, *arguments, stdin=None):
     command = [sys.executable, "inference.py", *arguments]
     return subprocess.run(command, cwd=root, input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=120)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,10 +261,13 @@ def test_overlong_instruction_is_cut_and_said(alpaca):
 
 
 def no_eos(folder):
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).exists():
-            config = jload(folder / name)
-            jdump({**config, "eos_token": None}, str(folder / name))
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    (folder / "special_tokens_map.json").unlink()
+    path = str(folder / "tokenizer_config.json")
+    jdump({**jload(path), "tokenizer_class": "TokenizersBackend", "eos_token": None}, path)
 
 
 def lose_tensor(folder):
@@ -365,6 +374,78 @@ def test_lora_adapter_loads_on_its_base_and_changes_the_logits(model_path, tmp_p
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The chat template
+
+# transformers' own server, which also prints the prompts that its model gets.
+SPYING_SERVER = """
+import sys
+from transformers import LlamaForCausalLM
+from transformers.cli.transformers import main
+generate = LlamaForCausalLM.generate
+def spy(self, *args, **kwargs):
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    print("PROMPT", ids[0].tolist(), flush=True)
+    return generate(self, *args, **kwargs)
+LlamaForCausalLM.generate = spy
+sys.argv[0] = "transformers"
+main()
+"""
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_chat_template_gives_the_training_templates_tokens(root, kind, legacy, tmp_path):
+    jdump(LESSONS, str(tmp_path / "lessons.json"))
+    folder = tmp_path / kind
+    tiny_model.make(f"{root}/configs/tiny_{kind}.json", str(tmp_path / "lessons.json"), str(folder), vocab_size=420)
+    path = str(folder / "tokenizer_config.json")
+    jdump({**jload(path), "legacy": legacy}, path)
+    tokenizer = with_chat_template(folder)
+    for example in [*LESSONS, *UNTAUGHT[:3], {"instruction": " Mind  the\n\ngap {x} {{ y }}", "input": " 'quoted'\n"}]:
+        expected = tokenizer(format_prompt(example)).input_ids
+        got = tokenizer.apply_chat_template(messages(example), add_generation_prompt=True, return_dict=True).input_ids
+        assert got == expected, tokenizer.convert_ids_to_tokens(got)[:3]
+
+
+def with_chat_template(folder):
+    """Gives a tokenizer the template as train.py does."""
+    tokenizer, _ = load_tokenizer(str(folder), 1024)
+    adds_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    tokenizer.chat_template = alpaca_chat_template(adds_bos)
+    tokenizer.save_pretrained(folder)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def messages(example):
+    tail = f"\n\n### Input:\n{example['input']}" if example["input"] else ""
+    return [{"role": "user", "content": example["instruction"] + tail}]
+
+
+def test_transformers_serve_prompts_the_model_as_it_was_trained(model_copy, tmp_path):
+    from openai import OpenAI
+
+    tokenizer = with_chat_template(model_copy)
+    port = free_port()
+    command = [sys.executable, "-c", SPYING_SERVER, "serve", "--port", str(port), "--host", "127.0.0.1"]
+    with open(tmp_path / "log", "w") as log, open(tmp_path / "errors", "w") as errors:
+        process = subprocess.Popen(command, stdout=log, stderr=errors)
+    try:
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=60)
+        for lesson in (LESSONS[0], LESSONS[1], LESSONS[3]):
+            completion = client.chat.completions.create(
+                model=str(model_copy), messages=messages(lesson), max_tokens=60, temperature=0
+            )
+            assert completion.choices[0].message.content == lesson["output"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+    prompts = [json.loads(line[7:]) for line in (tmp_path / "log").read_text().splitlines() if line[:6] == "PROMPT"]
+    assert prompts == [tokenizer(format_prompt(lesson)).input_ids for lesson in (LESSONS[0], LESSONS[1], LESSONS[3])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # compare
 
 
@@ -465,11 +546,6 @@ def browser():
         browser.close()
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 @contextlib.contextmanager
 def served(root, tmp_path, *arguments):
     port = free_port()
@@ -490,7 +566,7 @@ def served(root, tmp_path, *arguments):
 
 
 def open_page(browser, url):
-    page = browser.new_page(viewport={"width": 1180, "height": 800})
+    page = browser.new_page(viewport={"width": 1180, "height": 890})
     page.requests = []
     page.on("request", lambda request: page.requests.append(request.url))
     page.goto(url)
