@@ -62,7 +62,13 @@ def load_tokenizer(name_or_path: str, model_max_length: int, cache_dir: str | No
 
         known = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast", "LLaMATokenizer", None)
         loader = LlamaTokenizer if known and proto.trainer_spec.model_type == 2 else AutoTokenizer
+        if loader is LlamaTokenizer:
+            settings["legacy"] = True
         tokenizer = loader.from_pretrained(name_or_path, **settings)
+        if loader is LlamaTokenizer:
+            # Saved with the checkpoint, where transformers drops it: without it the text after a chat template's <s>
+            # loses its prefix space, and a server's prompt begins "Bel|ow" instead of "▁Below".
+            tokenizer.init_kwargs["legacy"] = True
         if known and proto.trainer_spec.model_type == 2 and _mend_merges(tokenizer, proto, spm_file):
             notes.append("tokens of double spaces mended: BPE merges follow sentencepiece's scores again")
     else:
