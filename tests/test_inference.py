@@ -392,19 +392,34 @@ main()
 """
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
-@pytest.mark.parametrize("legacy", [True, False])
+PROMPTS = [*LESSONS, *UNTAUGHT[:3], {"instruction": " Mind  the\n\ngap {x} {{ y }}", "input": "    'quoted'\n"}]
+
+
+def assert_template_gives_the_texts_tokens(folder):
+    tokenizer = with_chat_template(folder)
+    for example in PROMPTS:
+        expected = tokenizer(format_prompt(example)).input_ids
+        got = tokenizer.apply_chat_template(messages(example), add_generation_prompt=True, return_dict=True).input_ids
+        assert got == expected, tokenizer.convert_ids_to_tokens(got)[:3]
+
+
+@pytest.mark.parametrize(("kind", "legacy"), [("llama", True), ("llama", False), ("opt", None)])
 def test_chat_template_gives_the_training_templates_tokens(root, kind, legacy, tmp_path):
     jdump(LESSONS, str(tmp_path / "lessons.json"))
     folder = tmp_path / kind
     tiny_model.make(f"{root}/configs/tiny_{kind}.json", str(tmp_path / "lessons.json"), str(folder), vocab_size=420)
     path = str(folder / "tokenizer_config.json")
     jdump({**jload(path), "legacy": legacy}, path)
-    tokenizer = with_chat_template(folder)
-    for example in [*LESSONS, *UNTAUGHT[:3], {"instruction": " Mind  the\n\ngap {x} {{ y }}", "input": " 'quoted'\n"}]:
-        expected = tokenizer(format_prompt(example)).input_ids
-        got = tokenizer.apply_chat_template(messages(example), add_generation_prompt=True, return_dict=True).input_ids
-        assert got == expected, tokenizer.convert_ids_to_tokens(got)[:3]
+    assert_template_gives_the_texts_tokens(folder)
+
+
+def test_chat_template_gives_the_training_templates_tokens_of_the_real_tokenizers(reference_dir, tmp_path):
+    opt = {name: "</s>" for name in ("bos_token", "eos_token", "unk_token")}
+    for kind, config in (("llama", {"tokenizer_class": "LlamaTokenizer"}), ("opt", opt)):
+        folder = shutil.copytree(f"{reference_dir}/tokenizers/{kind}", tmp_path / kind)
+        config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, **config}
+        jdump(config, str(folder / "tokenizer_config.json"))
+        assert_template_gives_the_texts_tokens(folder)
 
 
 def with_chat_template(folder):
