@@ -195,6 +195,8 @@ def _object(tokens: list[_Token], verb: int) -> str | None:
         i = joined + 1
     while tokens[i].can_be == {"ADV"}:
         i += 1
+    if tokens[i + 1].word == "by" and tokens[i + 2].word == tokens[i].word:  # "piece by piece"
+        i += 3
     if tokens[i].word in _PARTICLES or (tokens[verb].word, tokens[i].word) == ("fill", "in"):
         i += 1
     if tokens[i].word in _OBJECT_PRONOUNS:
@@ -202,7 +204,7 @@ def _object(tokens: list[_Token], verb: int) -> str | None:
             return None
         i += 1
     head, end = _noun_phrase(tokens, i)
-    second = tokens[end].word in _ARTICLES | _QUANTIFIERS or tokens[end].kind == "number"
+    second = tokens[end].word in (_ARTICLES | _QUANTIFIERS) - {"that"} or tokens[end].kind == "number"
     if tokens[verb].word in _DATIVE_VERBS and end > i and second:  # "give each paragraph a heading"
         head, _ = _noun_phrase(tokens, end)
     return head
@@ -224,7 +226,8 @@ def _noun_phrase(tokens: list[_Token], start: int) -> tuple[str | None, int]:
         if token.kind == "possessive" or joins:
             head = None
         elif head is not None or not _is_specifier(tokens, i, start):
-            if not _continues(tokens, i, start, head is not None):
+            has_noun = head is not None and "-" not in tokens[head].word  # "a five-minute stretching routine"
+            if not _continues(tokens, i, start, has_noun):
                 break
             if "NOUN" in token.can_be or token.can_be == {"VERB"}:  # the lexicon has "template" as a verb only
                 head = i
@@ -290,14 +293,17 @@ def _question(tokens: list[_Token]) -> Parse | None:
         return Parse(_lemma(tokens[verb].word, "VERB"), _object(tokens, verb))
     if auxiliary == len(tokens) or tokens[auxiliary].word in _BE:
         return NOTHING
-    if opening in ("what", "who", "which") and tokens[auxiliary + 1].can_be & {"VERB", "NOUN"} == {"VERB"}:
+    is_verb = "NOUN" not in tokens[auxiliary + 1].can_be or tokens[auxiliary + 2].word in _ARTICLES
+    if opening in ("what", "who", "which") and "VERB" in tokens[auxiliary + 1].can_be and is_verb:
         return Parse(tokens[auxiliary + 1].word, _object(tokens, auxiliary + 1))  # "What would happen"
     wanted = "FORM" if tokens[auxiliary].word in _HAVE else "VERB"
     verb = _verb_behind_subject(tokens, auxiliary + 1, wanted)
     if verb is None:
         owns = tokens[auxiliary].word in _HAVE and auxiliary > first  # "Which planet has the most moons"
         return Parse("have", _object(tokens, auxiliary)) if owns else NOTHING
-    fronted, _ = _noun_phrase(tokens, first + 1)
+    fronted = None
+    if first == 0 and (opening in ("what", "which") or tokens[1].word in ("many", "much")):
+        fronted, _ = _noun_phrase(tokens, 1)
     has_object = _noun_phrase(tokens, verb + 1)[1] > verb + 1
     return Parse(_lemma(tokens[verb].word, "VERB"), _object(tokens, verb) if has_object else fronted)
 
@@ -319,7 +325,7 @@ def _verb_behind_subject(tokens: list[_Token], start: int, wanted: str) -> int |
         if token.kind not in ("word", "possessive", "quote", "number"):
             break
         subject_ends = before.word in _PRONOUNS or before.kind == "quote" or "NOUN" in before.can_be
-        if wanted in token.can_be and subject_ends:
+        if wanted in token.can_be and subject_ends and tokens[i + 1].word != "of":
             plural = "NOUN" in before.can_be and before.word.endswith("s") and not before.word.endswith("ss")
             if before.word in _PRONOUNS or plural or "NOUN" not in token.can_be or not tokens[i + 1].can_be:
                 return i
