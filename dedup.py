@@ -91,6 +91,16 @@ class RougePool:
             verdicts.append(verdict)
         return verdicts
 
+    def nearest_scores(self) -> np.ndarray:
+        """The F measure of each instruction of the pool with its nearest other one; shape (n,), 0 for a lone one."""
+        scores = np.zeros(len(self))
+        for start in range(0, len(self), 1000):  # a block of rows at a time: 52,000 squared would be 2.7 GB
+            overlaps = self._common_subsequences(self._encoded[start : start + 1000])[:, : len(self)]
+            for i, overlap in enumerate(overlaps, start):
+                overlap[i] = 0  # itself
+                scores[i] = f_measure(overlap, self._lengths[: len(self)], len(self._encoded[i])).max()
+        return scores
+
     def _common_subsequences(self, encoded: list[str]) -> np.ndarray:
         """Longest common subsequences of the candidates (rows) with the pool and then with themselves (columns)."""
         from rapidfuzz.distance import LCSseq
