@@ -58,6 +58,10 @@ def choose(config: Any, padding_free: str, shared_prefix: str, lora_dropout: flo
     Raises:
         UserError: "true" was asked for and cannot be.
     """
+    padding_free, shared_prefix = padding_free.lower(), shared_prefix.lower()
+    for flag, value in (("padding_free", padding_free), ("shared_prefix", shared_prefix)):
+        if value not in ("auto", "true", "false"):
+            raise UserError(f"--{flag} must be auto, true or false, found {value!r}")
     dropout = {
         name: p for name, p in {**config.to_dict(), "lora_dropout": lora_dropout}.items() if _is_dropout(name, p)
     }
@@ -135,7 +139,7 @@ def find_prefixes(examples: Sequence[dict], documents_per_pass: int, sample: int
     tokens = [example["input_ids"].tolist() for example in chosen]
     limits = [_shareable(example["labels"]) for example in chosen]
     per_pass = min(documents_per_pass, len(examples)) / len(chosen)
-    branches, frontier = [], [((), range(len(chosen)))]
+    branches, frontier = [((), ())], [((), range(len(chosen)))]
     while frontier:
         prefix, members = frontier.pop()
         by_token = defaultdict(list)

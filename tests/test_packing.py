@@ -1,13 +1,20 @@
 """packing.py: the padded batch's loss and gradients, from passes without padding and with shared prefixes."""
 
+import dataclasses
+import io
+import itertools
 import json
 import os
+import subprocess
+import sys
 
 import pytest
+import sentencepiece
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import packing
+from utils import UserError, format_prompt
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
 LLAMA_LIKE = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 512}
@@ -38,16 +45,10 @@ def examples(root) -> list[dict]:
 
 
 def load_examples(root: str, count: int = 16) -> list[dict]:
-    import sentencepiece
-
-    from utils import format_prompt
-
     with open(os.path.join(root, "seed_tasks.jsonl"), encoding="utf-8") as file:
         tasks = [json.loads(line) for line in file][:count]
     records = [{"instruction": task["instruction"], **task["instances"][0]} for task in tasks]
     texts = [(format_prompt(record), record["output"]) for record in records]
-    import io
-
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([p + o for p, o in texts]), model_writer=model, vocab_size=500, model_type="bpe",
@@ -92,7 +93,11 @@ def padded_loss(model, batches: list[dict], reduction: str) -> torch.Tensor:
 
 
 def packed_loss(model, batches: list[dict], reduction: str, shared: bool, max_tokens: int, world_size: int = 1, **more):
-    """Runs the passes of a step, each with its backward pass; `more` goes to make_passes."""
+    """Runs the passes of a step, each with its backward pass.
+
+    `agree` goes to make_passes, `step_supervised` counts all ranks' tokens, `before(last)` is called before each pass.
+    """
+    before = more.pop("before", None)
     counts = [int((batch["labels"][:, 1:] != packing.IGNORE_INDEX).sum()) for batch in batches]
     total = more.pop("step_supervised", sum(counts))
     flat = [example for batch in batches for example in unpadded(batch)]
@@ -104,6 +109,8 @@ def packed_loss(model, batches: list[dict], reduction: str, shared: bool, max_to
     passes = packing.make_passes(documents, max_tokens, **more)
     loss = 0.0
     for one in passes:
+        if before:
+            before(one is passes[-1])
         part = model(packed=one)
         part.backward()
         loss += part.detach()
@@ -140,11 +147,12 @@ def reference(examples):
     return compute
 
 
-@pytest.mark.parametrize("max_tokens", [100_000, 600])
-@pytest.mark.parametrize("reduction", ["micro_batch", "global"])
-@pytest.mark.parametrize("shared", [False, True], ids=["padding-free", "shared-prefix"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_loss_and_every_gradient_equal_the_padded_batches(examples, reference, name, shared, reduction, max_tokens):
+ALL_WAYS = list(itertools.product(("micro_batch", "global"), (False, True), (100_000, 600)))
+CASES = [(name, *way) for name in CONFIGS for way in (ALL_WAYS if name in ("llama", "opt") else ALL_WAYS[1:3])]
+
+
+@pytest.mark.parametrize(("name", "reduction", "shared", "max_tokens"), CASES)
+def test_loss_and_every_gradient_equal_the_padded_batches(examples, reference, name, reduction, shared, max_tokens):
     expected_loss, expected = reference(name, reduction)
     model = make_model(name)
     packing.install(model)
@@ -153,3 +161,208 @@ def test_loss_and_every_gradient_equal_the_padded_batches(examples, reference, n
     assert shared == any(one.layout.copies for one in passes)
     assert loss.item() == pytest.approx(expected_loss, rel=1e-7)
     assert worst(gradients(model), expected) < 1e-7
+
+
+def test_two_ranks_under_fsdp2_get_the_padded_gradients(tmp_path, root):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--no-python"]
+    command += [sys.executable, os.path.join(root, "tests", "packing_ranks.py"), str(tmp_path / "errors.json")]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = json.loads((tmp_path / "errors.json").read_text())
+    assert {errors["passes"] > 1 for errors in results.values()} == {True, False}
+    for case, errors in results.items():
+        assert errors["loss"] < 1e-7, case
+        assert errors["gradient"] < 1e-7, case
+
+
+@pytest.mark.parametrize("count", [3, 40], ids=["split", "more passes than documents"])
+def test_passes_added_to_keep_step_with_other_ranks_change_nothing(examples, reference, count):
+    expected_loss, expected = reference("llama", "micro_batch")
+    model = make_model()
+    packing.install(model)
+    batches = micro_batches(examples, 4)
+    loss, passes = packed_loss(model, batches, "micro_batch", True, 100_000, agree=lambda passes: count)
+    assert len(passes) == count
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-7)
+    assert worst(gradients(model), expected) < 1e-7
+
+
+def test_passes_hold_every_document_once_within_their_tokens(examples):
+    documents = packing.documents_of(collate(examples), 1.0, packing.find_prefixes(examples, 16))
+    longest = max(len(example["input_ids"]) for example in examples)
+    passes = packing.make_passes(documents, 2 * longest)
+    assert all(one.input_ids.shape[1] <= 2 * longest for one in passes)
+    assert sum(len(one.targets) for one in passes) == sum(int((d.labels != -100).sum()) for d in documents)
+    shared = sum(sum(len(p) for p in {d.prefix for d in documents}) for _ in passes)
+    assert sum(one.input_ids.shape[1] for one in passes) <= shared + sum(
+        len(d.input_ids) - len(d.prefix) for d in documents
+    )
+
+
+def test_a_document_longer_than_a_pass_gets_one_of_its_own(examples):
+    passes = packing.make_passes(packing.documents_of(collate(examples[:3]), 1.0), 10)
+    assert sorted(one.input_ids.shape[1] for one in passes) == sorted(len(e["input_ids"]) for e in examples[:3])
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("shared", [False, True], ids=["padding-free", "shared-prefix"])
+def test_changing_one_document_changes_no_others_logits(examples, name, shared):
+    model = make_model(name)
+    packing.install(model)
+    prefixes = packing.find_prefixes(examples, 16) if shared else []
+    changed = {**examples[5], "input_ids": examples[5]["input_ids"].clone()}
+    changed["input_ids"][60:] = 7
+    logits = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output))
+    for batch in (examples, [*examples[:5], changed, *examples[6:]]):
+        documents = packing.documents_of(collate(batch), 1.0, prefixes)
+        documents[5] = dataclasses.replace(documents[5], weight=5.0)
+        (one,) = packing.make_passes(documents, 10**6)
+        model(packed=one)
+    others = one.weights != 5.0
+    assert torch.equal(logits[0][others], logits[1][others])
+    assert not torch.equal(logits[0][~others], logits[1][~others])
+
+
+def test_a_tasks_prefix_ends_before_a_merged_token():
+    def example(*ids):
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor([-100] * (len(ids) - 1) + [ids[-1]])}
+
+    # 10 11 12 open every prompt; in the last one the third character became part of token 99.
+    plain = [example(10, 11, 12, 20 + i, 50, 2) for i in range(8)]
+    assert packing.find_prefixes(plain, 8) == [(10, 11, 12)]
+    merged = packing.documents_of(collate([*plain, example(10, 11, 99, 50, 2)]), 1.0, [(10, 11, 12)])
+    assert [document.prefix for document in merged] == [(10, 11, 12)] * 8 + [()]
+
+
+def test_a_prefix_never_reaches_the_token_that_predicts_the_answer():
+    ids = torch.tensor([10, 11, 12, 13, 2])
+    examples = [{"input_ids": ids, "labels": torch.tensor([-100, -100, -100, 13, 2])} for _ in range(6)]
+    assert packing.find_prefixes(examples, 6) == [(10, 11)]
+
+
+def test_two_templates_give_two_prefixes_and_a_common_word_none(examples):
+    prefixes = packing.find_prefixes(examples, 16)
+    starts = [{tuple(e["input_ids"][: len(p)].tolist()) == p for e in examples} for p in prefixes]
+    assert starts == [{True, False}] * 2
+    assert packing.find_prefixes(examples, 1) == []  # alone in its pass, an example shares with nobody
+
+
+def test_llamas_tokens_have_prefixes_of_29_and_39(reference_dir):
+    from utils import load_examples as load_records
+
+    path = os.path.join(reference_dir, "tokenizers", "llama", "tokenizer.model")
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=path)
+    found = []
+    for record in load_records(os.path.join(reference_dir, "fidelity", "alpaca_256.json")):
+        prompt = [1, *tokenizer.encode(format_prompt(record))]
+        ids = torch.tensor(prompt + tokenizer.encode(record["output"]) + [2])
+        found.append({"input_ids": ids, "labels": torch.where(torch.arange(len(ids)) < len(prompt), -100, ids)})
+    prefixes = packing.find_prefixes(found, 32)
+    assert sorted(map(len, prefixes)) == [29, 39]
+
+
+def test_chunked_logits_give_the_same_loss_and_gradients(examples, reference, monkeypatch):
+    monkeypatch.setattr(packing, "CHUNK_LOGITS", 512 * 50)
+    expected_loss, expected = reference("llama", "global")
+    model = make_model()
+    packing.install(model)
+    loss, _ = packed_loss(model, micro_batches(examples, 4), "global", True, 100_000)
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-7)
+    assert worst(gradients(model), expected) < 1e-7
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(examples, reference):
+    expected_loss, expected = reference("llama", "micro_batch")
+    model = make_model()
+    packing.install(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss, _ = packed_loss(model, micro_batches(examples, 4), "micro_batch", True, 600)
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-7)
+    assert worst(gradients(model), expected) < 1e-7
+
+
+def test_a_padded_batch_gets_the_same_logits_as_before(examples):
+    batch = collate(examples[:4])
+    model = make_model()
+    before = model(**batch)
+    packing.install(model)
+    after = model(**batch)
+    assert torch.equal(before.logits, after.logits)
+    assert torch.equal(before.loss, after.loss)
+
+
+def test_a_saved_config_names_no_attention_of_ours(tmp_path):
+    model = make_model()
+    packing.install(model)
+    model.save_pretrained(tmp_path)
+    assert packing.ATTENTION not in (tmp_path / "config.json").read_text()
+
+
+def test_flex_attentions_mask_is_the_same_rule(examples):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    import packed_attention
+
+    documents = packing.documents_of(collate(examples[:6]), 1.0, packing.find_prefixes(examples, 16))
+    (one,) = packing.make_passes(documents, 10**6)
+    states = [torch.randn(1, 4, one.input_ids.shape[1], 16) for _ in range(3)]
+    expected = packed_attention._per_document(*states, one.layout, None)
+    found = flex_attention(*states, block_mask=one.layout.block_mask).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+
+
+def test_gathered_keys_give_the_gradient_of_index_select(examples):
+    import packed_attention
+
+    documents = packing.documents_of(collate(examples), 1.0, packing.find_prefixes(examples, 16))
+    layout = packing.make_passes(documents, 10**6)[0].layout
+    states = torch.randn(int(layout.cu_seqlens_q[-1]), 2, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(int(layout.cu_seqlens_k[-1]), 2, 4, dtype=torch.float64)
+    gathered = packed_attention._Gather.apply(states, layout.kv_index, layout.own, layout.copies)
+    (found,) = torch.autograd.grad((gathered * weights).sum(), states)
+    (expected,) = torch.autograd.grad((states[layout.kv_index] * weights).sum(), states)
+    torch.testing.assert_close(found, expected)
+
+
+CHOICES = [
+    ("llama", {}, "auto", "auto", (True, True), ""),
+    ("llama", {}, "auto", "false", (True, False), ""),
+    ("llama", {}, "false", "auto", (False, False), ""),
+    ("opt", {"dropout": 0.0}, "auto", "auto", (True, True), ""),
+    ("opt", {"dropout": 0.1}, "auto", "auto", (False, False), "dropout is 0.1"),
+    ("opt", {"dropout": 0.1}, "true", "auto", (True, False), "shared prefix is off: dropout is 0.1"),
+    ("gpt_neox", {}, "auto", "auto", (False, False), "gpt_neox is not among the tested"),
+    ("mistral", {"sliding_window": 4096}, "auto", "auto", (False, False), "sliding window"),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "padding_free", "shared_prefix", "expected", "reason"), CHOICES)
+def test_auto_takes_what_leaves_the_losses_alone(kind, settings, padding_free, shared_prefix, expected, reason):
+    config = AutoConfig.for_model(kind, **settings)
+    *chosen, why_not = packing.choose(config, padding_free, shared_prefix)
+    assert tuple(chosen) == expected
+    assert reason in why_not
+    assert bool(reason) == bool(why_not)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "padding_free", "shared_prefix", "message"),
+    [
+        ("gpt_neox", {}, "true", "auto", "--padding_free true: gpt_neox is not among"),
+        ("llama", {}, "false", "true", "--shared_prefix true needs --padding_free"),
+        ("opt", {"dropout": 0.1}, "true", "true", "--shared_prefix true: dropout is 0.1"),
+        ("opt", {"dropout": 0.0, "attention_dropout": 0.1}, "true", "auto", "attention_dropout"),
+        ("llama", {}, "maybe", "auto", "--padding_free must be auto, true or false, found 'maybe'"),
+    ],
+)
+def test_true_is_refused_in_one_line_where_it_cannot_be(kind, settings, padding_free, shared_prefix, message):
+    with pytest.raises(UserError, match=message) as error:
+        packing.choose(AutoConfig.for_model(kind, **settings), padding_free, shared_prefix)
+    assert "\n" not in str(error.value)
+
+
+def test_lora_dropout_counts_as_dropout():
+    config = AutoConfig.for_model("llama")
+    assert packing.choose(config, "auto", "auto", lora_dropout=0.05)[:2] == (False, False)
+    assert packing.choose(config, "auto", "auto", lora_dropout=0.0)[:2] == (True, True)
