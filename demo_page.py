@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from generation import Alpaca, say
@@ -132,9 +133,8 @@ def build_judging(journal: Journal) -> Any:
         outputs = [progress, key, instruction, input, *answers, *buttons.values()]
         page.load(show, None, outputs)
         for choice, button in buttons.items():
-            button.click(
-                lambda choice=choice: choose(choice), None, outputs, concurrency_limit=1, concurrency_id="judge"
-            )
+            judge = partial(choose, choice)
+            button.click(judge, key, outputs, concurrency_limit=1, concurrency_id="judge", show_progress="hidden")
     return page.queue(max_size=MAX_QUEUE)
 
 

@@ -32,13 +32,11 @@ class Pair:
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Gives the 95 % score interval of a proportion (E. B. Wilson, JASA 22, 1927, pp. 209-212).
+    """Gives the 95 % score interval of a proportion of one trial or more (E. B. Wilson, JASA 22, 1927, pp. 209-212).
 
     Example:
         90 of 179 -> (0.430, 0.575)
     """
-    if not trials:
-        return 0.0, 1.0
     p, z2 = successes / trials, Z_95**2
     centre = p + z2 / (2 * trials)
     half = Z_95 * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2))
@@ -119,13 +117,13 @@ class Journal:
     def summary(self) -> str:
         """Counts wins, ties and losses; the interval is on the share of wins among the pairs that weren't ties."""
         wins, losses, ties = (list(self.verdicts.values()).count(choice) for choice in ("a", "b", "tie"))
-        low, high = wilson_interval(wins, wins + losses)
-        share = f"{wins / (wins + losses):.1%}" if wins + losses else "none"
-        return (
-            f"{self.names['a']} against {self.names['b']}: {wins} wins, {ties} ties, {losses} losses"
-            f" ({len(self.waiting)} pairs to go)\n"
-            f"wins among the pairs that are no ties: {share}, 95 % interval {low:.1%} to {high:.1%} (Wilson)"
-        )
+        counts = f"{self.names['a']} against {self.names['b']}: {wins} wins, {ties} ties, {losses} losses"
+        decided = "no pair was decided yet"
+        if wins + losses:
+            low, high = wilson_interval(wins, wins + losses)
+            share = f"{wins / (wins + losses):.1%} of the {wins + losses} decided pairs won"
+            decided = f"{share}, 95 % interval {low:.1%} to {high:.1%} (Wilson)"
+        return f"{counts} ({len(self.waiting)} pairs to go)\n{decided}"
 
 
 def judge_in_terminal(journal: Journal) -> None:

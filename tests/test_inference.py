@@ -588,6 +588,12 @@ def open_page(browser, url):
     return page
 
 
+def take_screenshot(page, name):
+    """Remakes assets/, for the README: SCREENSHOT_DIR=assets python -m pytest tests/test_inference.py -k browser."""
+    if folder := os.environ.get("SCREENSHOT_DIR"):
+        page.screenshot(path=os.path.join(folder, name))
+
+
 def test_browser_sees_the_answer_stream_and_stop_ends_it(root, model_path, tmp_path, browser):
     expect = pytest.importorskip("playwright.sync_api").expect
     with served(root, tmp_path, "demo", "--model_path", model_path, "--seed", "1") as url:
@@ -621,9 +627,29 @@ def test_browser_sees_the_answer_stream_and_stop_ends_it(root, model_path, tmp_p
         instruction.fill("Name the three primary colors.")
         page.locator("#ask").click()
         expect(answer).to_have_value("Red, blue and yellow.")
-        if folder := os.environ.get("SCREENSHOT_DIR"):
-            page.screenshot(path=os.path.join(folder, "demo.png"))
+        take_screenshot(page, "demo.png")
         assert {requested.split("/")[2] for requested in page.requests if requested[:4] == "http"} == {
             url.split("/")[2]
         }
         page.close()
+
+
+def test_browser_judges_pairs_into_the_journal_of_the_terminal(root, outputs, tmp_path, browser):
+    expect = pytest.importorskip("playwright.sync_api").expect
+    a, b, judged = outputs
+    compare(root, outputs, ["t", "q"])
+    with served(root, tmp_path, "compare", "--a", a, "--b", b, "--output", judged, "--page") as url:
+        page = open_page(browser, url)
+        for to_go in range(7, 0, -1):
+            expect(page.locator("#progress")).to_have_text(f"{to_go} pairs to go")
+            assert "model-" not in page.locator("body").inner_text()
+            take_screenshot(page, "compare.png")
+            page.get_by_role("button", name="Answer 2 is better").click()
+        expect(page.locator("#progress")).to_contain_text("1 ties")
+        expect(page.get_by_role("button", name="Tie")).to_be_hidden()
+        page.close()
+    with open(judged) as file:
+        lines = [json.loads(line) for line in file]
+    assert len(lines) == 8
+    assert all(line["better"] != line["shown_first"] for line in lines)
+    assert "(0 pairs to go)" in (tmp_path / "log").read_text()
