@@ -11,7 +11,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,15 +36,19 @@ class Completion:
     Attributes:
         text: the model's text, "" where it gave none.
         finish_reason: "stop", "length", "content_filter" or what else the server calls it.
-        usage: the server's `prompt_tokens` and `completion_tokens`, None where it doesn't count.
+        usage: the server's `prompt_tokens`, `completion_tokens` and `total_tokens`, None where it doesn't count.
     """
 
     text: str
     finish_reason: str | None
     usage: dict[str, int] | None
 
+    def __getitem__(self, name: str) -> Any:
+        """`completion["text"]`, as the original's completions allowed."""
+        return getattr(self, name)
 
-class _Malformed(Exception):
+
+class Malformed(Exception):
     """The answer is no completion; its text says what came instead."""
 
 
@@ -76,14 +80,14 @@ class Client:
     def __post_init__(self) -> None:
         if self.api not in ("auto", "chat", "completions"):
             raise UserError(f"--api must be auto, chat or completions, found {self.api!r}")
-        self._openai = _connect(self.base_url, self.timeout)
-        self.url = str(self._openai.base_url).rstrip("/")
+        self.openai = _connect(self.base_url, self.timeout)
+        self.url = str(self.openai.base_url).rstrip("/")
 
     async def __aenter__(self) -> "Client":
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._openai.close()
+        await self.openai.close()
 
     def give_up(self) -> None:
         """From now on a failure is final: requests in flight may end well but aren't sent again."""
@@ -98,15 +102,15 @@ class Client:
         import openai
 
         try:
-            raw = await self._openai.models.with_raw_response.list()
+            raw = await self.openai.models.with_raw_response.list()
             return [model["id"] for model in json.loads(raw.text)["data"]]
         except openai.APIError as error:
             if getattr(error, "status_code", None) in (404, 405, 501):
                 return []
-            raise self._explained(error, None) from error
+            raise self._explained(error) from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self.url}/models gave no list of models; is this an OpenAI-compatible server?"
+                f"{self.url}/models gave no list of models; is --base_url an OpenAI-compatible server?"
             ) from error
 
     async def only_model(self) -> str:
@@ -135,76 +139,99 @@ class Client:
         """
         import openai
 
+        async def attempt() -> Completion:
+            while True:
+                api, body = self.request(prompt, model, parameters)
+                try:
+                    completion = await self._send(api, body)
+                    self._answered, self.api = True, api
+                    return completion
+                except openai.APIStatusError as error:
+                    if self.learns_from(error, body, api):
+                        continue
+                    if error.code == "content_filter":  # Azure refuses such a prompt; asking again changes nothing
+                        return Completion("", "content_filter", None)
+                    if error.status_code == 404:
+                        raise await self._not_found(error, model) from error
+                    raise
+
+        return await self.patiently(attempt)
+
+    async def patiently(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
+        """Awaits what `attempt` gives, and tries again where waiting may help.
+
+        Raises:
+            UserError: it didn't help.
+        """
+        import openai
+
         failures = 0
         while True:
             await self._wait_for_server()
-            sent = self._adapted(parameters)
-            api = self.api
             try:
-                completion = await self._send(prompt, model, sent)
-                self._answered = True
-                return completion
+                return await attempt()
             except openai.APIStatusError as error:
-                if self._learnt(error, sent, api):
-                    continue
-                if _code(error) == "content_filter":  # Azure refuses such a prompt; asking again changes nothing
-                    return Completion("", "content_filter", None)
-                if error.status_code == 404:
-                    raise await self._not_found(error, model) from error
-                if not _is_transient(error) or failures >= self.max_retries or self._given_up:
-                    raise self._explained(error, failures) from error
+                final = None if _is_transient(error) else self._explained(error)
                 trouble, wait = f"{error.status_code} {_said(error)}".strip(), _retry_after(error.response.headers)
             except openai.APIConnectionError as error:
                 refused = not self._answered and "ConnectError" in type(error.__cause__).__name__
-                if refused or failures >= self.max_retries or self._given_up:
-                    raise self._explained(error, failures) from error
+                final = self._explained(error) if refused else None
                 trouble, wait = _cause(error), None
-            except _Malformed as error:
-                if failures >= self.max_retries or self._given_up:
-                    raise UserError(f"{self.url} gave no completion in {failures + 1} tries: {error}") from error
-                trouble, wait = str(error), None
+            except Malformed as error:
+                final, trouble, wait = None, str(error), None
             failures += 1
+            if final is None and (failures > self.max_retries or self._given_up):
+                final = UserError(f"{self.url} failed {failures} times: {trouble}")
+            if final is not None:
+                raise final
             await self._back_off(trouble, wait, failures)
 
-    async def _send(self, prompt: str | list[dict], model: str, parameters: dict[str, Any]) -> Completion:
-        if self.api == "completions":
-            text = prompt if isinstance(prompt, str) else _as_text(prompt)
-            create, content = self._openai.completions.with_raw_response.create, {"prompt": text}
-        else:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            create, content = self._openai.chat.completions.with_raw_response.create, {"messages": messages}
-        known = {name: parameters.pop(name) for name in list(parameters) if name in _KNOWN_TO_OPENAI}
-        raw = await create(model=model, **content, **known, extra_body=parameters or None)
-        return read_completion(raw.text)
-
-    def _adapted(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """The parameters under the names that the server takes."""
+    def request(self, prompt: str | list[dict], model: str, parameters: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The API for a request ("chat" or "completions") and its body, in the dialect learnt so far."""
         sent = {self._renamed.get(name, name): value for name, value in parameters.items() if value is not None}
         sent.pop(None, None)
         for name in _NEW_NAMES:
             if name in sent and self.max_tokens is not None:
                 sent[name] = min(sent[name], self.max_tokens)
-        return sent
+        if self.api == "completions":
+            text = prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+            return "completions", {"model": model, "prompt": text, **sent}
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return "chat", {"model": model, "messages": messages, **sent}
 
-    def _learnt(self, error: Any, sent: dict[str, Any], api: str) -> bool:
-        """Whether the refusal taught something that lets the request be sent again in another form."""
-        if self.api != api:  # another request has found it out in the meantime
-            return True
-        message = _body_text(error)
-        if self.api == "auto" and not self._answered and _speaks_no_chat(error, message):
-            self.api = "completions"
-            self.log("The server has no chat for this model; using /completions.")
+    async def _send(self, api: str, body: dict[str, Any]) -> Completion:
+        resource = self.openai.chat.completions if api == "chat" else self.openai.completions
+        needed = {name: body[name] for name in ("model", "messages", "prompt") if name in body}
+        # Everything else travels in extra_body: the client then sends it as it is, whatever its own version knows.
+        raw = await resource.with_raw_response.create(
+            **needed, extra_body={name: value for name, value in body.items() if name not in needed}
+        )
+        return read_completion(raw.text)
+
+    def learns_from(self, error: Any, body: dict[str, Any], api: str) -> bool:
+        """Whether a refusal teaches something that lets the request be sent again in another form.
+
+        Args:
+            error: has `status_code`, `code`, `param` and `body`, as openai's errors do.
+            body: of the refused request.
+            api: that it was sent to.
+        """
+        message = _text_of(error.body)
+        if api == "chat" and self.api != "chat" and _speaks_no_chat(error, message):
+            if self.api == "auto":
+                self.api = "completions"
+                self.log("The server has no chat for this model; using /completions.")
             return True
         if error.status_code not in (400, 422):
             return False
-        limit = next((name for name in _NEW_NAMES if name in sent), None)
-        if limit and (_code(error) == "context_length_exceeded" or _TOO_LONG.search(message)):
-            return self._lower_max_tokens(limit, sent[limit])
-        name = _refused_parameter(error, message, sent)
+        limit = next((name for name in _NEW_NAMES if name in body), None)
+        if limit and (error.code == "context_length_exceeded" or _TOO_LONG.search(message)):
+            return self._lower_max_tokens(limit, body[limit])
+        name = _refused_parameter(error, message, body)
         if name is None:
             return False
         original = next((old for old, new in self._renamed.items() if new == name), name)
-        if name not in self._renamed:
+        if name not in self._renamed:  # else another request in flight has learnt it already
             new = _NEW_NAMES.get(name) if original == name else None
             self._renamed[original] = new
             self.log(f"The server refuses {name}; " + (f"sending {new} instead." if new else "leaving it out."))
@@ -244,7 +271,7 @@ class Client:
         hint = "" if self.url.endswith("/v1") else "; an OpenAI-compatible --base_url mostly ends in /v1"
         return UserError(f"{self.url} answered 404: {_said(error)}{hint}")
 
-    def _explained(self, error: Any, failures: int | None) -> UserError:
+    def _explained(self, error: Any) -> UserError:
         """One line for a failure that ends the run."""
         status = getattr(error, "status_code", None)
         said = _said(error)
@@ -254,19 +281,11 @@ class Client:
         if status in (401, 403):
             found = "the key was refused" if os.environ.get("OPENAI_API_KEY") else "a key is needed and none is set"
             return UserError(f"{self.url} answered {status}: {said}; {found}: set OPENAI_API_KEY")
-        if status == 402 or (status == 429 and {_code(error), getattr(error, "type", None)} & _NO_QUOTA):
+        if status == 402 or (status == 429 and {error.code, error.type} & _NO_QUOTA):
             return UserError(
                 f"{self.url} answered {status}: no quota or credit left ({said}); mend the account's billing"
             )
-        after = f" after {failures} retries" if failures else ""
-        return UserError(f"{self.url} answered {status}{after}: {said}")
-
-
-# What openai's client has as named arguments for both APIs; anything else travels in `extra_body`.
-_KNOWN_TO_OPENAI = {
-    *("frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n", "presence_penalty", "seed", "stop"),
-    *("temperature", "top_p", "user"),
-}
+        return UserError(f"{self.url} answered {status}: {said}")
 
 
 def _connect(base_url: str | None, timeout: float) -> Any:
@@ -299,7 +318,7 @@ def read_completion(body: str | dict) -> Completion:
     """Reads the body of a chat or text completion.
 
     Raises:
-        _Malformed: it is no completion.
+        Malformed: it is no completion.
     """
     try:
         answer = json.loads(body) if isinstance(body, str) else body
@@ -309,23 +328,16 @@ def read_completion(body: str | dict) -> Completion:
         if text is not None and not isinstance(text, str):
             raise TypeError
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _Malformed(f"the answer is no completion: {_one_line(str(body))[:120] or 'it is empty'}") from error
+        raise Malformed(f"the answer is no completion: {_one_line(str(body))[:120] or 'it is empty'}") from error
     usage = answer.get("usage") or {}
     counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
     counted = all(isinstance(count, int) for count in counts.values())
-    return Completion(text or "", choice.get("finish_reason"), counts if counted else None)
+    counts = {**counts, "total_tokens": sum(counts.values())} if counted else None
+    return Completion(text or "", choice.get("finish_reason"), counts)
 
 
-def _as_text(messages: list[dict]) -> str:
-    return "\n\n".join(message["content"] for message in messages)
-
-
-def _body_text(error: Any) -> str:
-    return error.body if isinstance(error.body, str) else json.dumps(error.body, ensure_ascii=False)
-
-
-def _code(error: Any) -> str | None:
-    return getattr(error, "code", None)
+def _text_of(body: Any) -> str:
+    return body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)
 
 
 def _one_line(text: str) -> str:
@@ -359,17 +371,18 @@ def _speaks_no_chat(error: Any, message: str) -> bool:
 
 def _refused_parameter(error: Any, message: str, sent: dict[str, Any]) -> str | None:
     """The name of the sent parameter that the server says it doesn't take."""
-    if not (_code(error) in ("unsupported_parameter", "unsupported_value") or _REFUSAL.search(message)):
+    if not (error.code in ("unsupported_parameter", "unsupported_value") or _REFUSAL.search(message)):
         return None
-    if getattr(error, "param", None) in sent:
+    optional = [name for name in sent if name not in ("model", "messages", "prompt")]
+    if error.param in optional:
         return error.param
-    places = {name: found.start() for name in sent if (found := re.search(rf"\b{name}\b", message))}
+    places = {name: found.start() for name in optional if (found := re.search(rf"\b{name}\b", message))}
     return min(places, key=places.get) if places else None
 
 
 def _is_transient(error: Any) -> bool:
     if error.status_code == 429:
-        return not {_code(error), getattr(error, "type", None)} & _NO_QUOTA
+        return not {error.code, error.type} & _NO_QUOTA
     return error.status_code in (408, 409) or error.status_code >= 500
 
 
@@ -387,3 +400,18 @@ def _retry_after(headers: Any) -> float | None:
 def _shortened(names: list[str], most: int = 40) -> str:
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+async def complete_all(
+    prompts: list[str | list[dict]], model: str | None, concurrency: int, parameters: dict[str, Any]
+) -> list[Completion]:
+    """Completes several prompts, some at a time; the server is the one that the environment names."""
+    async with Client() as client:
+        model = model or await client.only_model()
+        slots = asyncio.Semaphore(concurrency)
+
+        async def complete(prompt: str | list[dict]) -> Completion:
+            async with slots:
+                return await client.complete(prompt, model, **parameters)
+
+        return await asyncio.gather(*map(complete, prompts))

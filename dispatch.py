@@ -1,15 +1,16 @@
-"""Keeps requests in flight until enough tasks are kept: order, limits, interruption, and what a person sees of it."""
+"""Keeps requests in flight until enough tasks are kept: order, limits, failures and Ctrl-C."""
 
 import asyncio
 import contextlib
+import math
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from completions import Client
+from completions import Client, Completion
+from harvest import Harvest
 from journal import Journal
 from spending import Spending
 from utils import UserError
@@ -19,26 +20,29 @@ _SECONDS_BETWEEN_SAVES = 30.0
 
 
 @dataclass
-class Dispatcher:
-    """One sitting of a run.
+class Run:
+    """One sitting: what is asked for, what came, and why it ended.
 
     Attributes:
-        prompts: request index -> prompt.
-        harvest: takes the answers in request order (`add`), says how many tasks are wanted (`room`), writes (`write`).
+        prompts: request index -> prompt, and `sha256(index)`.
+        harvest: takes the answers in request order.
         journal: where answers are recorded before anything else happens to them.
-        spending: the limits.
+        spending: what they cost, and the limits.
         model: the model's name at the server.
         parameters: of each request.
         settings: what each record of the journal says about how it was made.
         request_batch_size: requests in flight together.
-        max_requests: request indices from this one on are never asked for.
+        max_requests: no request has this index or a higher one.
         save: writes the output files.
-        show: is called after every round with this object.
+        show: is called with this object whenever something changed.
         log: prints a line for a person.
+        requested: answers that came in this sitting.
+        in_flight: requests on their way.
+        stopped: why the run ended before the target was met, None where it didn't.
     """
 
     prompts: Any
-    harvest: Any
+    harvest: Harvest
     journal: Journal
     spending: Spending
     model: str
@@ -47,121 +51,161 @@ class Dispatcher:
     request_batch_size: int
     max_requests: int | None
     save: Callable[[], None]
-    show: Callable[["Dispatcher"], None]
+    show: Callable[["Run"], None]
     log: Callable[[str], None]
     requested: int = 0
+    in_flight: int = 0
     stopped: str | None = None
-    in_flight: dict[asyncio.Task, int] = field(default_factory=dict)
-    _failure: Exception | None = None
+    interrupted: bool = False
     _saved: float = field(default_factory=time.monotonic)
     _save_took: float = 0.0
+
+    def __post_init__(self) -> None:
+        for index, record in self.journal.records.items():
+            self.spending.add(record, self.prompts[index])
+        self.catch_up()
+
+    def wants(self, extra: int = 0) -> bool:
+        """Whether the answers known, and `extra` more, will probably not fill the room that is left."""
+        waiting = len(self.journal.records) - self.harvest.answers + extra
+        return self.harvest.room > 0 and self.harvest.kept_per_answer * waiting < self.harvest.room
+
+    def next_request(self, taken: set[int], first: int = 0) -> int | None:
+        """The next request index to ask for, or None with `stopped` set where a limit forbids it.
+
+        Args:
+            taken: indices asked for already, whose answers haven't come.
+            first: the lowest index that may be free.
+        """
+        index = max(first, self.harvest.answers)
+        while index in self.journal.records or index in taken:
+            index += 1
+        if self.max_requests is not None and index >= self.max_requests:
+            self.stopped = f"--max_requests {self.max_requests} is reached"
+        elif limit := self.spending.forbids(self.prompts[index], len(taken)):
+            # What is on its way may take less than it could: only with nothing in flight is that final.
+            self.stopped = None if taken else f"the next request could pass {limit}"
+        else:
+            return index
+        return None
+
+    def take(self, answers: dict[int, Completion]) -> None:
+        """Journals answers; when this returns they are on the disk."""
+        records = []
+        for index, completion in answers.items():
+            prompt, usage, text = self.prompts[index], completion.usage, completion.text
+            record = {
+                "request_index": index,
+                "prompt_sha256": self.prompts.sha256(index),
+                "model": self.model,
+                "settings": self.settings,
+                "text": text,
+                "finish_reason": completion.finish_reason,
+                "usage": usage,
+                "cost": self.spending.cost_of(usage, prompt, text),
+            }
+            records.append(record)
+        self.journal.append(records)
+        for record in records:
+            self.spending.add(record, self.prompts[record["request_index"]])
+        self.requested += len(records)
 
     def catch_up(self) -> None:
         """Adds the journal's answers to the harvest, as far as they follow on one another."""
         while self.harvest.room > 0 and (record := self.journal.records.get(self.harvest.answers)):
             self.harvest.add(record)
 
-    def record(self, index: int, completion: Any, discount: float = 1.0) -> dict[str, Any]:
-        """The journal's line for an answer, booked as spent."""
-        prompt, usage, text = self.prompts[index], completion.usage, completion.text
-        record = {
-            "request_index": index,
-            "prompt_sha256": self.prompts.sha256(index),
-            "model": self.model,
-            "settings": self.settings,
-            "text": text,
-            "finish_reason": completion.finish_reason,
-            "usage": usage,
-            "cost": self.spending.cost_of(usage, prompt, text, discount),
-        }
-        self.spending.add(record, prompt)
-        return record
-
-    def next_index(self) -> int:
-        """The lowest request index that is neither answered nor in flight."""
-        index, taken = self.harvest.answers, set(self.in_flight.values())
-        while index in self.journal.records or index in taken:
-            index += 1
-        return index
-
-    async def run(self, client: Client) -> None:
-        """Asks until the target is met, a limit is reached or Ctrl-C is pressed.
+    def commit(self) -> None:
+        """Harvests, and saves from time to time.
 
         Raises:
-            UserError: the server can't be used, or five rounds brought nothing; all answers are in the journal.
+            UserError: five rounds brought no task to keep.
         """
-        loop = asyncio.get_running_loop()
-        with contextlib.suppress(NotImplementedError, RuntimeError):  # not in a thread or on Windows
-            loop.add_signal_handler(signal.SIGINT, self._interrupt, client)
-        while True:
-            self._send_more(client)
-            if not self.in_flight:
-                break
-            done, _ = await asyncio.wait(self.in_flight, return_when=asyncio.FIRST_COMPLETED)
-            self._take(done, client)
-            if self.harvest.answers:  # refill before the de-duplication, once it is known how much an answer brings
-                self._send_more(client)
-            await asyncio.to_thread(self._commit)
-            self.show(self)
-        if self._failure:
-            raise self._failure
-
-    def _send_more(self, client: Client) -> None:
-        # The first request goes alone: a wrong key or model costs one call, and refused parameters are learnt once.
-        width = self.request_batch_size if self.requested else 1
-        while len(self.in_flight) < width and not self._failure and not self.stopped and self._wants_more():
-            index = self.next_index()
-            prompt = self.prompts[index]
-            if self.max_requests is not None and index >= self.max_requests:
-                self.stopped = f"--max_requests {self.max_requests} is reached"
-            elif (forbidden := self.spending.forbids(prompt, len(self.in_flight))) is not None:
-                if self.in_flight:
-                    return  # they may take less than they could
-                self.stopped = f"the next request could pass {forbidden}"
-            else:
-                task = asyncio.ensure_future(client.complete(prompt, self.model, **self.parameters))
-                self.in_flight[task] = index
-
-    def _wants_more(self) -> bool:
-        """Whether the answers on their way will probably not fill the room that is left."""
-        harvest = self.harvest
-        waiting = len(self.journal.records) - harvest.answers + len(self.in_flight)
-        kept_per_answer = len(harvest.kept) / harvest.answers if harvest.answers else 0.0
-        return harvest.room > 0 and kept_per_answer * waiting < harvest.room
-
-    def _take(self, done: set[asyncio.Task], client: Client) -> None:
-        """Records answers that came; a failure stops the sending, and what is in flight is waited for."""
-        records = []
-        for task in done:
-            index = self.in_flight.pop(task)
-            if error := task.exception():
-                self._failure = self._failure or error
-                client.give_up()
-            else:
-                records.append(self.record(index, task.result()))
-        self.journal.append(records)
-        self.requested += len(records)
-
-    def _commit(self) -> None:
         self.catch_up()
-        if self.harvest.dry >= DRY_ROUNDS * self.request_batch_size and self.requested and self.harvest.room:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in self.harvest.reasons.most_common())
-            self._failure = self._failure or UserError(
-                f"{self.harvest.dry} answers in a row without a task to keep (rejected so far: {reasons}); "
-                "see rejected.jsonl, then try another model, prompt or rule"
-            )
-        # Files are made from the journal: saving now and then is a convenience, for a tenth of the time at most.
+        # The files are made from the journal: saving now and then is a convenience, for a tenth of the time at most.
         if time.monotonic() - self._saved > max(_SECONDS_BETWEEN_SAVES, 10 * self._save_took):
             start = time.monotonic()
             self.save()
             self._saved, self._save_took = time.monotonic(), time.monotonic() - start
+        if self.harvest.room > 0 and self.harvest.dry >= DRY_ROUNDS * self.request_batch_size:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self.harvest.reasons.most_common())
+            raise UserError(
+                f"no task to keep in the last {self.harvest.dry} answers, {DRY_ROUNDS} rounds (rejected in all: "
+                f"{reasons}); look at rejected.jsonl, then try another model, prompt or rule"
+            )
 
-    def _interrupt(self, client: Client) -> None:
-        if self.stopped == "interrupted":
-            self.log("Dropping the requests in flight.")
-            for task in self.in_flight:
+    def expected_requests(self, kept_per_answer: float) -> int:
+        """How many more requests will probably fill the room, at a yield that is assumed where none is known."""
+        return max(1, math.ceil(self.harvest.room / (self.harvest.kept_per_answer or kept_per_answer)))
+
+
+async def ask_live(run: Run, client: Client) -> None:
+    """Asks until the target is met, a limit is reached or Ctrl-C is pressed; what is in flight is always waited for.
+
+    Raises:
+        UserError: the server can't be used, or five rounds brought nothing. All answers are in the journal.
+    """
+    tasks: dict[asyncio.Task, int] = {}
+    failure: UserError | None = None
+
+    def send_more() -> None:
+        # The first request goes alone: a wrong key or model costs one call, and refused parameters are learnt once.
+        width = run.request_batch_size if run.requested else 1
+        while len(tasks) < width and not failure and not run.stopped and run.wants(len(tasks)):
+            index = run.next_request(set(tasks.values()))
+            if index is None:
+                break
+            tasks[asyncio.ensure_future(client.complete(run.prompts[index], run.model, **run.parameters))] = index
+        run.in_flight = len(tasks)
+
+    with _ctrl_c(run, client, tasks):
+        while True:
+            send_more()
+            if not tasks:
+                break
+            run.show(run)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            answers = {}
+            for task in done:
+                index = tasks.pop(task)
+                if isinstance(error := task.exception(), UserError):
+                    failure = failure or error
+                    client.give_up()
+                else:
+                    answers[index] = task.result()
+            run.take(answers)
+            if run.harvest.answers:  # refill before the de-duplication, once it is known how much an answer brings
+                send_more()
+            try:
+                await asyncio.to_thread(run.commit)
+            except UserError as error:
+                failure = failure or error
+    run.show(run)
+    if failure:
+        raise failure
+
+
+@contextlib.contextmanager
+def _ctrl_c(run: Run, client: Client, tasks: dict[asyncio.Task, int]) -> Any:
+    """Ctrl-C ends the asking and waits for what is in flight; a second one doesn't wait."""
+
+    def interrupt() -> None:
+        if run.interrupted:
+            for task in tasks:
                 task.cancel()
-            sys.exit(130)
-        self.stopped = "interrupted"
+            return
+        run.interrupted, run.stopped = True, "Ctrl-C"
         client.give_up()
-        self.log(f"Waiting for the {len(self.in_flight)} requests in flight; Ctrl-C again drops them.")
+        if tasks:
+            run.log(f"Waiting for the {len(tasks)} requests in flight; Ctrl-C again drops them.")
+
+    loop = asyncio.get_running_loop()
+    try:
+        loop.add_signal_handler(signal.SIGINT, interrupt)
+    except (NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread: Ctrl-C ends at once
+        yield
+        return
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)

@@ -8,30 +8,30 @@ journal, in request order, and can be made again from it. The same command conti
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import re
-import string
-import sys
-from collections import Counter
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from batch_api import DISCOUNT, ask_in_batches
 from completions import Client
 from dedup import RougePool
-from dispatch import Dispatcher
-from journal import Journal
+from dispatch import Run, ask_live
+from harvest import KEYWORDS, Harvest, Rules, tasks_of
+from journal import Journal, read_journal
+from progress import Progress, closing_table, table
 from spending import Spending, find_prices
-from task_parser import parse_tasks
-from utils import UserError, atomic_write, jdump, load_records, run_cli
+from utils import UserError, jdump, load_examples, load_records, run_cli
 
-# Words for things that a text model cannot take or give: the original's list.
-KEYWORDS = (
-    "image,images,graph,graphs,picture,pictures,file,files,map,maps,draw,plot,go to,video,audio,music,flowchart,diagram"
-)
-MAX_TOKENS = 3072  # of one completion, as in the original
+# What --dry_run assumes of an answer, before there are any: of 17 tasks asked for most are kept.
+_KEPT_PER_ANSWER, _TOKENS_PER_ANSWER = 13, 1700
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,51 +120,18 @@ class Prompts:
         """What the journal calls the prompt."""
         return _sha256(self[index])
 
+    def settings(self) -> dict[str, Any]:
+        """What decides about the prompts; files stand there as hashes."""
+        files = {"prompt_file": _sha256(self.rules), "seed_tasks": _sha256(json.dumps(self.seed_tasks))}
+        return {"seed": self.seed, "num_prompt_instructions": self.count, **files}
+
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From answers to tasks
-
-
-@dataclass
-class Rules:
-    """Which tasks are kept; the defaults are the original's.
-
-    Attributes:
-        similarity_threshold: a task with a ROUGE-L F measure above it to any earlier instruction is dropped.
-        min_words: of an instruction.
-        max_words: of an instruction.
-        keywords: comma-separated; whole words, in any case.
-    """
-
-    similarity_threshold: float = 0.7
-    min_words: int = 4
-    max_words: int = 150
-    keywords: str = KEYWORDS
-
-    def __post_init__(self) -> None:
-        words = [re.escape(word.strip()) for word in self.keywords.split(",") if word.strip()]
-        self._keywords = re.compile(rf"\b({'|'.join(words)})\b" if words else r"(?!)", re.IGNORECASE)
-
-    def rejects(self, instruction: str, output: str) -> str | None:
-        """The reason why a task is no good, None where it is."""
-        words = len(instruction.split())
-        if words < self.min_words:
-            return "too_short"
-        if words > self.max_words:
-            return "too_long"
-        if self._keywords.search(instruction):
-            return "keyword"
-        if instruction.startswith("Write a program"):
-            return "write_a_program"
-        if instruction[0] in string.punctuation:
-            return "punctuation"
-        if not instruction[0].isascii():
-            return "non_ascii"
-        return None if output else "empty_output"
+# The original's parsing, by name
 
 
 def find_word_in_string(w: str, s: str) -> re.Match | None:
@@ -177,98 +144,17 @@ def post_process_gpt3_response(num_prompt_instructions: int, response: Any) -> l
 
     Args:
         num_prompt_instructions: seed tasks in the prompt; the completion's first task has the next number.
-        response: a dict or an object with `text` and `finish_reason`; None gives no tasks.
+        response: has `["text"]` and `["finish_reason"]`; None gives no tasks.
 
     Returns:
         The tasks that pass, as `instruction`, `input` and `output`.
     """
-    if response is None:
-        return []
-    if not isinstance(response, dict):
-        response = {"text": response.text, "finish_reason": response.finish_reason}
     rules = Rules()
     return [
         {"instruction": task.instruction, "input": task.input, "output": task.output}
-        for task in _parsed(response, num_prompt_instructions)
-        if not task.problem and not rules.rejects(task.instruction, task.output)
+        for task in (tasks_of(response, num_prompt_instructions) if response is not None else [])
+        if not task.problem and not rules.objection(task.instruction, task.output)
     ]
-
-
-def _parsed(record: dict[str, Any], num_prompt_instructions: int) -> list:
-    truncated = record["finish_reason"] in ("length", "content_filter")
-    return parse_tasks(record["text"], num_prompt_instructions + 1, truncated)
-
-
-@dataclass
-class Harvest:
-    """The tasks kept and rejected so far. Answers are added in request order, so nothing depends on their arrival.
-
-    Attributes:
-        rules: which tasks are kept.
-        num_prompt_instructions: seed tasks in a prompt.
-        target: how many tasks to keep in all, None for all there are.
-        pool: all instructions that a new one must differ from.
-        kept: tasks for regen.json.
-        rejected: tasks for rejected.jsonl.
-        reasons: how many were rejected by reason.
-        answers: how many answers were added.
-        dry: answers since the last kept task.
-    """
-
-    rules: Rules
-    num_prompt_instructions: int
-    target: int | None
-    pool: RougePool
-    kept: list[dict[str, Any]] = field(default_factory=list)
-    rejected: list[dict[str, Any]] = field(default_factory=list)
-    reasons: Counter = field(default_factory=Counter)
-    answers: int = 0
-    parsed: int = 0
-    dry: int = 0
-
-    @property
-    def room(self) -> int:
-        """Tasks that are still wanted."""
-        return sys.maxsize if self.target is None else self.target - len(self.kept)
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Adds the tasks of one answer; those past the target are surplus."""
-        tasks = _parsed(record, self.num_prompt_instructions)
-        reasons = [task.problem or self.rules.rejects(task.instruction, task.output) for task in tasks]
-        instructions = ["" if task.problem else task.instruction for task in tasks]
-        passed = [reason is None for reason in reasons]
-        verdicts = self.pool.screen(instructions, self.rules.similarity_threshold, self.room, passed)
-        kept = 0
-        for task, reason, verdict in zip(tasks, reasons, verdicts, strict=True):
-            fields = {"instruction": task.instruction, "input": task.input, "output": task.output}
-            self.parsed += not task.problem
-            if verdict.kept:
-                kept += 1
-                similar = {"most_similar_instructions": verdict.most_similar, "avg_similarity_score": verdict.mean}
-                self.kept.append({**fields, **similar})
-                continue
-            if reason is None:
-                reason = "similar" if verdict.score > self.rules.similarity_threshold else "surplus"
-            known = {} if task.problem else {"most_similar_instruction": verdict.nearest, "score": verdict.score}
-            self._reject(record, reason, {**fields, **known})
-        if not tasks:
-            self._reject(
-                record, "content_filter" if record["finish_reason"] == "content_filter" else "empty_answer", {}
-            )
-        self.answers += 1
-        self.dry = 0 if kept else self.dry + 1
-
-    def _reject(self, record: dict[str, Any], reason: str, details: dict[str, Any]) -> None:
-        self.reasons[reason] += 1
-        self.rejected.append({"request_index": record["request_index"], "reason": reason, **details})
-
-    def write(self, output_dir: str) -> None:
-        """Replaces regen.json, alpaca_data.json and rejected.jsonl, each atomically."""
-        jdump(self.kept, os.path.join(output_dir, "regen.json"))
-        three = [{name: task[name] for name in ("instruction", "input", "output")} for task in self.kept]
-        jdump(three, os.path.join(output_dir, "alpaca_data.json"))
-        with atomic_write(os.path.join(output_dir, "rejected.jsonl")) as file:
-            file.writelines(json.dumps(task, ensure_ascii=False) + "\n" for task in self.rejected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,94 +175,217 @@ def generate_instruction_following_data(
     api: str = "auto",
     prompt_path: str = "./prompt.txt",
     seed: int = 0,
+    max_tokens: int = 3072,
+    logit_bias: str | None = None,
     max_requests: int | None = None,
     max_cost_usd: float | None = None,
     max_tokens_total: int | None = None,
     price_input: float | None = None,
     price_output: float | None = None,
+    batch_api: bool = False,
+    dry_run: bool = False,
+    max_retries: int = 8,
+    request_timeout: float = 600.0,
+    similarity_threshold: float = 0.7,
+    min_words: int = 4,
+    max_words: int = 150,
+    keywords: str = KEYWORDS,
 ) -> None:
-    """Generates instruction-following data from seed tasks.
+    """Generates instruction-following data from seed tasks; the same command continues an interrupted run.
 
     Args:
         output_dir: gets requests.jsonl (every answer), regen.json, alpaca_data.json and rejected.jsonl.
         seed_tasks_path: seed tasks, one JSON object a line.
         num_instructions_to_generate: tasks to keep, met exactly.
-        model_name: the model at the server; the served one when the server has just one.
+        model_name: the model at the server; not needed where the server has just one.
         num_prompt_instructions: seed tasks in each prompt.
         request_batch_size: requests in flight together.
         temperature: of the sampling.
         top_p: of the sampling.
-        num_cpus: threads that compare instructions.
-        base_url: the server, as http://host:port/v1; OPENAI_BASE_URL, then OpenAI, when not given.
-        api: auto, chat or completions.
+        num_cpus: threads that compare instructions, at most one a core.
+        base_url: the server, as http://host:port/v1; when not given OPENAI_BASE_URL, then OpenAI itself.
+        api: auto, chat or completions; auto takes chat where the server has it for the model.
         prompt_path: the rules that begin each prompt.
         seed: makes the prompts reproducible.
+        max_tokens: of one completion.
+        logit_bias: JSON, as {"50256": -100}; token ids are the model's own.
         max_requests: stop after that many requests and keep all that they yield, the target met or not.
         max_cost_usd: stop before a request that could pass it.
         max_tokens_total: likewise for prompt and completion tokens together.
-        price_input: dollars per million prompt tokens; from configs/prices.json when not given.
+        price_input: dollars per million prompt tokens; when not given from configs/prices.json.
         price_output: dollars per million completion tokens.
+        batch_api: ask through OpenAI's Batch API: half the price, within a day.
+        dry_run: print the first prompt and what the run may cost, and ask nothing.
+        max_retries: of one request, after failures that may pass (429, 5xx, a lost connection).
+        request_timeout: seconds for one answer.
+        similarity_threshold: a task with a higher ROUGE-L F to any earlier instruction is dropped.
+        min_words: of an instruction.
+        max_words: of an instruction.
+        keywords: comma-separated; an instruction with one of them is dropped.
     """
+    rules = Rules(similarity_threshold, min_words, max_words, keywords)
+    for name, value in (("request_batch_size", request_batch_size), ("max_tokens", max_tokens), ("num_cpus", num_cpus)):
+        if value < 1:
+            raise UserError(f"--{name} must be 1 or more, found {value}")
+    prompts = Prompts(_read_text(prompt_path), load_seed_tasks(seed_tasks_path), num_prompt_instructions, seed)
+    parameters = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    if logit_bias is not None:
+        parameters["logit_bias"] = _json_object(logit_bias)
+    settings = {**prompts.settings(), **parameters}
+    limits = {"max_cost_usd": max_cost_usd, "max_tokens_total": max_tokens_total, "max_tokens": max_tokens}
+    limits["discount"] = DISCOUNT if batch_api else 1.0
+    if dry_run:
+        spending = Spending(find_prices(model_name, price_input, price_output), **limits)
+        print(_estimate(prompts[0], spending, num_instructions_to_generate, model_name))
+        return
+
+    with _writing_to(output_dir), Journal(os.path.join(output_dir, "requests.jsonl")) as journal:
+        earlier, three_fields = _files_found(output_dir, journal)
+        if earlier:
+            settings["earlier_tasks"] = _sha256(json.dumps(earlier))
+        pool = RougePool([task["instruction"] for task in [*prompts.seed_tasks, *earlier]], num_cpus)
+        harvest = Harvest(rules, num_prompt_instructions, num_instructions_to_generate, pool, earlier)
+        progress = Progress(num_instructions_to_generate, len(earlier))
+
+        async def ask() -> Run:
+            async with Client(base_url, api, max_retries, request_timeout, progress.log) as client:
+                model = model_name or journal.model or await client.only_model()
+                journal.check(model, settings)
+                spending = Spending(find_prices(model, price_input, price_output), **limits)
+                run = Run(
+                    prompts=prompts,
+                    harvest=harvest,
+                    journal=journal,
+                    spending=spending,
+                    model=model,
+                    parameters=parameters,
+                    settings=settings,
+                    request_batch_size=request_batch_size,
+                    max_requests=max_requests,
+                    save=lambda: harvest.write(output_dir, three_fields),
+                    show=progress.show,
+                    log=progress.log,
+                )
+                try:
+                    await (ask_in_batches(run, client, output_dir) if batch_api else ask_live(run, client))
+                finally:
+                    progress.close()
+                    if journal.records:
+                        run.save()
+                        print(closing_table(run))
+                return run
+
+        run = asyncio.run(ask())
+    if run.stopped:
+        print(
+            f"Stopped before {num_instructions_to_generate} tasks: {run.stopped}. The same command goes on from there."
+        )
+    if run.interrupted:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _writing_to(output_dir: str) -> Iterator[None]:
+    """Says in one line that a disk is full or a folder not writable."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {output_dir}: {error.strerror}; answers in requests.jsonl are safe, and the same command "
+            "goes on from there once that is mended"
+        ) from error
+
+
+def _files_found(output_dir: str, journal: Journal) -> tuple[list[dict[str, Any]], str]:
+    """Files that lay in the output folder before the first answer aren't overwritten.
+
+    Returns:
+        The tasks of a regen.json found there, with which the run begins as the original's did (regen_start.json keeps
+        them), and the name of the three-field file: another one where somebody's alpaca_data.json is in its place.
+    """
+    regen, start, taken, other = (
+        os.path.join(output_dir, name)
+        for name in ("regen.json", "regen_start.json", "alpaca_data.json", "regen_alpaca_data.json")
+    )
+    if not journal.records:
+        if os.path.exists(regen) and not os.path.exists(start):
+            shutil.copyfile(regen, start + ".tmp")
+            os.replace(start + ".tmp", start)
+        if os.path.exists(taken) and not os.path.exists(other):
+            jdump([], other)
+    return load_examples(start, require_output=False) if os.path.exists(start) else [], os.path.basename(
+        other if os.path.exists(other) else taken
+    )
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise UserError(f'--logit_bias must be a JSON object like {{"50256": -100}}, found {text!r}')
+
+
+def _estimate(prompt: str, spending: Spending, target: int, model: str | None) -> str:
+    """The first prompt, and what a run may take."""
+    requests = math.ceil(target / _KEPT_PER_ANSWER)
+    prompt_tokens, completion_tokens = requests * len(prompt.encode()) // 4, requests * _TOKENS_PER_ANSWER
+    tokens = f"{prompt_tokens:,} prompt and {completion_tokens:,} completion tokens"
+    cost = "cost unknown: give --price_input and --price_output"
+    if spending.prices:
+        most = spending.dollars(prompt_tokens, requests * spending.max_tokens)
+        cost = f"${spending.dollars(prompt_tokens, completion_tokens):.4f}, ${most:.4f} at full-length completions"
+    return (
+        f"{prompt}\n\n"
+        f"That is the first prompt. {target:,} tasks by {model or 'the served model'} would take about {requests:,} "
+        f"requests (at {_KEPT_PER_ANSWER} tasks kept each), {tokens}; {cost}. Nothing was sent."
+    )
+
+
+def replay(
+    journal_path: str,
+    output_dir: str,
+    seed_tasks_path: str = "./seed_tasks.jsonl",
+    num_instructions_to_generate: int | None = None,
+    num_cpus: int = 16,
+    similarity_threshold: float = 0.7,
+    min_words: int = 4,
+    max_words: int = 150,
+    keywords: str = KEYWORDS,
+) -> None:
+    """Parses and filters a journal's answers anew, under other rules; nothing is asked of any server.
+
+    Args:
+        journal_path: the requests.jsonl of an earlier run.
+        output_dir: another folder than the journal's; gets regen.json, alpaca_data.json and rejected.jsonl.
+        seed_tasks_path: the seed tasks of that run, from which new tasks must differ.
+        num_instructions_to_generate: tasks to keep; all there are when not given.
+        num_cpus: threads that compare instructions, at most one a core.
+        similarity_threshold: a task with a higher ROUGE-L F to any earlier instruction is dropped.
+        min_words: of an instruction.
+        max_words: of an instruction.
+        keywords: comma-separated; an instruction with one of them is dropped.
+    """
+    records, _ = read_journal(journal_path)
+    if not records:
+        raise UserError(f"{journal_path} holds no answers")
+    if os.path.realpath(output_dir) == os.path.dirname(os.path.realpath(journal_path)):
+        raise UserError(f"{output_dir} holds the journal and the run's own files; name another --output_dir")
     seed_tasks = load_seed_tasks(seed_tasks_path)
-    prompts = Prompts(_read_text(prompt_path), seed_tasks, num_prompt_instructions, seed)
-    parameters = {"max_tokens": MAX_TOKENS, "temperature": temperature, "top_p": top_p}
-    settings = {
-        "seed": seed,
-        "prompt": _sha256(prompts.rules),
-        "seed_tasks": _sha256(json.dumps(seed_tasks)),
-        "num_prompt_instructions": num_prompt_instructions,
-        **parameters,
-    }
-    pool = RougePool([task["instruction"] for task in seed_tasks], workers=num_cpus)
-    harvest = Harvest(Rules(), num_prompt_instructions, num_instructions_to_generate, pool)
-    journal = Journal(os.path.join(output_dir, "requests.jsonl"))
-    if journal.records and model_name is None:
-        model_name = next(iter(journal.records.values()))["model"]
-    if model_name is not None:
-        journal.check({"model": model_name, **settings})
-
-    async def ask() -> Dispatcher:
-        async with Client(base_url, api) as client:
-            model = model_name or await client.only_model()
-            spending = Spending(
-                find_prices(model, price_input, price_output), max_cost_usd, max_tokens_total, MAX_TOKENS
-            )
-            dispatcher = Dispatcher(
-                prompts,
-                harvest,
-                journal,
-                spending,
-                model,
-                parameters,
-                settings,
-                request_batch_size,
-                max_requests,
-                save=lambda: harvest.write(output_dir),
-                show=_show,
-                log=print,
-            )
-            for index, record in sorted(journal.records.items()):
-                spending.add(record, prompts[index])
-            dispatcher.catch_up()
-            try:
-                await dispatcher.run(client)
-            finally:
-                harvest.write(output_dir)
-            return dispatcher
-
-    dispatcher = asyncio.run(ask())
-    if dispatcher.stopped:
-        print(f"Stopped: {dispatcher.stopped}.")
-    print(f"Kept {len(harvest.kept)} tasks of {harvest.parsed} parsed from {harvest.answers} answers.")
-
-
-def _show(dispatcher: Dispatcher) -> None:
-    print(f"{len(dispatcher.harvest.kept)} tasks kept, {len(dispatcher.in_flight)} requests in flight", file=sys.stderr)
+    pool = RougePool([task["instruction"] for task in seed_tasks], num_cpus)
+    count = next(iter(records.values()))["settings"]["num_prompt_instructions"]
+    rules = Rules(similarity_threshold, min_words, max_words, keywords)
+    harvest = Harvest(rules, count, num_instructions_to_generate, pool)
+    for _, record in sorted(records.items()):
+        if harvest.room:
+            harvest.add(record)
+    with _writing_to(output_dir):
+        harvest.write(output_dir)
+    print(table(harvest, [("answers", len(records), f"of {journal_path}")]))
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    run_cli({"generate_instruction_following_data": generate_instruction_following_data}, argv)
+    run_cli({"generate_instruction_following_data": generate_instruction_following_data, "replay": replay}, argv)
 
 
 if __name__ == "__main__":

@@ -48,28 +48,41 @@ class Journal:
         os.fsync(self._file)
         self.records.update((record["request_index"], record) for record in records)
 
-    def check(self, settings: dict[str, Any]) -> None:
+    @property
+    def model(self) -> str | None:
+        """The model that gave the answers so far."""
+        return next((record["model"] for record in self.records.values()), None)
+
+    def check(self, model: str, settings: dict[str, Any]) -> None:
         """Refuses a journal that was written under other settings.
 
-        Args:
-            settings: what decides which answers come, by name; each record carries it.
-
         Raises:
-            UserError: names the first setting that differs, with both values.
+            UserError: names the first setting that differs.
         """
         for record in self.records.values():
-            found = {"model": record.get("model"), **record.get("settings", {})}
-            for name, value in settings.items():
-                if found.get(name) != value:
-                    raise UserError(
-                        f"{self.path} was written with {name} {found.get(name)!r}, this run has {value!r}; "
-                        "give the same again, or name another --output_dir"
-                    )
+            check_settings(self.path, {"model": record["model"], **record["settings"]}, {"model": model, **settings})
 
-    def close(self) -> None:
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Gives the file and its lock back."""
         with contextlib.suppress(OSError):
             os.close(self._file)
+
+
+def check_settings(path: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Compares the settings under which a file was written with those of this run.
+
+    Raises:
+        UserError: names the first one that differs; of long values (hashes of files) it says only that they do.
+    """
+    for name in sorted(found.keys() | wanted.keys()):
+        have, want = found.get(name), wanted.get(name)
+        if have != want:
+            long = max(len(str(have)), len(str(want))) > 40
+            difference = f"another {name}" if long else f"{name} {have}, this run has {name} {want}"
+            raise UserError(f"{path} was written with {difference}; use the same, or name another --output_dir")
 
 
 def read_journal(path: str) -> tuple[dict[int, dict[str, Any]], int]:
@@ -94,7 +107,7 @@ def read_journal(path: str) -> tuple[dict[int, dict[str, Any]], int]:
             try:
                 record = json.loads(line)
                 index = record["request_index"]
-                record["text"], record["prompt_sha256"]
+                record["text"], record["finish_reason"], record["model"], record["settings"]
             except (ValueError, TypeError, KeyError) as error:
                 if last:
                     break

@@ -21,6 +21,7 @@ class Spending:
         max_cost_usd: no request goes out that could carry the sum past it.
         max_tokens_total: likewise for prompt and completion tokens together.
         max_tokens: the most that one completion can have.
+        discount: factor on all prices.
         tokens: prompt and completion tokens so far.
     """
 
@@ -28,6 +29,7 @@ class Spending:
     max_cost_usd: float | None = None
     max_tokens_total: int | None = None
     max_tokens: int = 3072
+    discount: float = 1.0
     tokens: list[int] = field(default_factory=lambda: [0, 0])
     cost: float = 0.0
     _bytes_per_token: float = _BYTES_PER_TOKEN
@@ -39,12 +41,11 @@ class Spending:
                 "--price_input and --price_output in dollars per million tokens"
             )
 
-    def cost_of(self, usage: dict[str, int] | None, prompt: str, text: str, discount: float = 1.0) -> float | None:
+    def cost_of(self, usage: dict[str, int] | None, prompt: str, text: str) -> float | None:
         """Dollars of one answer; counted by length where the server doesn't count tokens, None without prices."""
         if self.prices is None:
             return None
-        prompt_tokens, completion_tokens = self._counts(usage, prompt, text)
-        return discount * (prompt_tokens * self.prices[0] + completion_tokens * self.prices[1]) / 1e6
+        return self.dollars(*self._counts(usage, prompt, text))
 
     def add(self, record: dict[str, Any], prompt: str) -> None:
         """Books an answer of the journal."""
@@ -62,10 +63,14 @@ class Spending:
             limit = self.max_tokens_total
             return f"--max_tokens_total {limit} ({sum(self.tokens)} used, one more may take {sum(each):.0f})"
         if self.max_cost_usd is not None:
-            most = (each[0] * self.prices[0] + each[1] * self.prices[1]) / 1e6
+            most = self.dollars(*each)
             if self.cost + requests * most > self.max_cost_usd:
                 return f"--max_cost_usd {self.max_cost_usd} (${self.cost:.4f} spent, one more may cost ${most:.4f})"
         return None
+
+    def dollars(self, prompt_tokens: float, completion_tokens: float) -> float:
+        """What so many tokens cost; only where the prices are known."""
+        return self.discount * (prompt_tokens * self.prices[0] + completion_tokens * self.prices[1]) / 1e6
 
     def _counts(self, usage: dict[str, int] | None, prompt: str, text: str) -> tuple[int, int]:
         if usage:

@@ -1,0 +1,149 @@
+"""OpenAI's Batch API: half the price, answers within a day, and no batch paid twice after a crash."""
+
+import asyncio
+import json
+import os
+import uuid
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+from completions import Client, Completion, Malformed, read_completion
+from dispatch import Run
+from journal import check_settings
+from utils import UserError, jdump, jload
+
+DISCOUNT = 0.5
+MAX_REQUESTS, MAX_BYTES = 50_000, 200 * 1000 * 1000  # of one input file (platform.openai.com/docs/guides/batch)
+_ASSUMED_KEPT_PER_ANSWER = 10.0  # for the size of the first batch
+_TRIES = 3  # batches in which one request may fail
+_ENDPOINTS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+
+async def ask_in_batches(run: Run, client: Client, output_dir: str) -> None:
+    """Asks in batches until the target is met or a limit is reached.
+
+    What a batch is about is written to batch.json before it is created and removed when its answers are in the
+    journal, so that an interrupted run finds its batch again, even one whose id it never learnt.
+
+    Raises:
+        UserError: the server can't be used, a batch failed, or one request failed in three batches.
+    """
+    failures: Counter[int] = Counter()
+    state_path = os.path.join(output_dir, "batch.json")
+    while run.wants() or os.path.exists(state_path):
+        if os.path.exists(state_path):
+            state = jload(state_path)
+            check_settings(state_path, state["settings"], {"model": run.model, **run.settings})
+        else:
+            indices, lines = _requests(run, client)
+            if not indices:
+                break
+            state = {"tag": uuid.uuid4().hex, "settings": {"model": run.model, **run.settings}, "indices": indices}
+            state.update(api=client.api, batch_id=None, input_file_id=await _upload(client, lines))
+            jdump(state, state_path)
+        if state["batch_id"] is None:
+            state["batch_id"] = await _create(client, state)
+            jdump(state, state_path)
+            run.log(f"Batch {state['batch_id']}: {len(state['indices'])} requests, kept in {state_path}.")
+        batch = await _finished(run, client, state)
+        answers, errors = await _results(client, batch)
+        run.take({index: answer for index, answer in answers.items() if index not in run.journal.records})
+        os.unlink(state_path)
+        failures.update(errors)
+        _check_errors(run, client, state, batch, answers, errors, failures)
+        run.commit()
+        run.show(run)
+
+
+def _requests(run: Run, client: Client) -> tuple[list[int], list[bytes]]:
+    """Indices and lines of the next batch: as many as will probably do, the limits permitting."""
+    indices: list[int] = []
+    lines: list[bytes] = []
+    size = 0
+    for _ in range(min(MAX_REQUESTS, run.expected_requests(_ASSUMED_KEPT_PER_ANSWER))):
+        index = run.next_request(set(indices), indices[-1] + 1 if indices else 0)
+        if index is None:
+            break
+        api, body = client.request(run.prompts[index], run.model, run.parameters)
+        request = {"custom_id": str(index), "method": "POST", "url": _ENDPOINTS[api], "body": body}
+        line = json.dumps(request, ensure_ascii=False).encode() + b"\n"
+        size += len(line)
+        if size > MAX_BYTES:
+            break
+        indices.append(index)
+        lines.append(line)
+    return indices, lines
+
+
+async def _upload(client: Client, lines: list[bytes]) -> str:
+    content = ("requests.jsonl", b"".join(lines))
+    file = await client.patiently(lambda: client.openai.files.create(file=content, purpose="batch"))
+    return file.id
+
+
+async def _create(client: Client, state: dict[str, Any]) -> str:
+    async def find_or_create() -> str:
+        for batch in (await client.openai.batches.list(limit=100)).data:
+            if (batch.metadata or {}).get("alpaca_run") == state["tag"]:
+                return batch.id
+        batch = await client.openai.batches.create(
+            input_file_id=state["input_file_id"],
+            endpoint=_ENDPOINTS["completions" if state["api"] == "completions" else "chat"],
+            completion_window="24h",
+            metadata={"alpaca_run": state["tag"]},
+        )
+        return batch.id
+
+    return await client.patiently(find_or_create)
+
+
+async def _finished(run: Run, client: Client, state: dict[str, Any]) -> Any:
+    """Waits for the batch, asking ever more rarely, up to once a minute."""
+    pause, said = 1.0, None
+    while True:
+        batch = await client.patiently(lambda: client.openai.batches.retrieve(state["batch_id"]))
+        if batch.status in ("completed", "failed", "expired", "cancelled"):
+            return batch
+        counts = batch.request_counts
+        line = f"Batch {batch.id}: {batch.status}" + (f", {counts.completed} of {counts.total} done" if counts else "")
+        if line != said:
+            run.log(line)
+            said = line
+        await asyncio.sleep(pause)
+        pause = min(60.0, 1.5 * pause)
+
+
+async def _results(client: Client, batch: Any) -> tuple[dict[int, Completion], dict[int, tuple[int, dict]]]:
+    """The answers by request index, and status and error of those that failed."""
+    answers, errors = {}, {}
+    for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
+        content = await client.patiently(lambda file_id=file_id: client.openai.files.content(file_id))
+        for line in filter(None, content.text.split("\n")):
+            result = json.loads(line)
+            index, response = int(result["custom_id"]), result.get("response") or {}
+            status, body = response.get("status_code", 0), response.get("body") or result.get("error") or {}
+            try:
+                answers[index] = read_completion(body)
+            except Malformed:
+                errors[index] = status, body.get("error") or body
+    return dict(sorted(answers.items())), errors
+
+
+def _check_errors(
+    run: Run, client: Client, state: dict, batch: Any, answers: dict, errors: dict, failures: Counter
+) -> None:
+    """Learns from refusals; raises where another batch would fail alike."""
+    learnt = False
+    _, sent = client.request("", run.model, run.parameters)
+    for index, (status, body) in errors.items():
+        fields = {name: body.get(name) for name in ("code", "param", "type")}
+        learnt |= client.learns_from(SimpleNamespace(status_code=status, body=body, **fields), sent, state["api"])
+        if failures[index] >= _TRIES or not (learnt or answers):
+            said = " ".join(str(body.get("message") or body).split())[:300]
+            raise UserError(f"batch {batch.id}, request {index} failed with status {status}: {said}")
+    if not answers and not learnt:
+        said = (
+            "; ".join(error.message or "" for error in (batch.errors.data or [])) if batch.errors else "no reason given"
+        )
+        raise UserError(f"batch {batch.id} {batch.status} without an answer: {said}")
