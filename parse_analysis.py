@@ -129,13 +129,16 @@ def _wedge(axes: Any, start: float, angle: float, radii: tuple[float, float], la
     points = 72 * 10 / 2.04  # of the unit circle's radius
     height = math.radians(angle) * (outer - 0.6 * (outer - inner)) * points
     length = (outer - inner) * points / (0.6 * len(label))
+    fontsize = min(13, 0.85 * height, 0.95 * length)
+    if fontsize < 4:  # nobody could read it; the table has it
+        return
     left = math.cos(math.radians(middle)) < 0
     radius = outer - 0.02  # at the rim, where the wedge is widest
     axes.text(
         radius * math.cos(math.radians(middle)),
         radius * math.sin(math.radians(middle)),
         label,
-        fontsize=min(13, 0.85 * height, 0.95 * length),
+        fontsize=fontsize,
         rotation=middle + 180 if left else middle,
         rotation_mode="anchor",
         ha="left" if left else "right",

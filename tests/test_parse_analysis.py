@@ -1,6 +1,7 @@
 """The diversity figure: instructions labelled by hand, counts checked by hand, files that a browser opens."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -148,27 +149,49 @@ def figures(monkeypatch) -> list:
     return made
 
 
-def test_rings_hold_twenty_verbs_and_four_objects_each_and_no_labels_overlap(figures, tmp_path):
-    verbs = "write describe summarize translate read edit rewrite improve explain compare print copy draft review check"
-    verbs += " correct discuss finish improvise memorize publish quote record revise send"
-    nouns = ["poem", "letter", "story", "table", "recipe", "speech"]
-    texts = [f"{v.capitalize()} the {n}." for i, v in enumerate(verbs.split()) for n in nouns[: 2 + i % 5]]
+VERBS = [
+    "write",
+    "describe",
+    "summarize",
+    "translate",
+    "read",
+    "edit",
+    "rewrite",
+    "improve",
+    "explain",
+    "compare",
+    "copy",
+]
+VERBS += ["draft", "review", "check", "correct", "discuss", "finish", "memorize", "publish", "quote", "revise", "send"]
+NOUNS = ["poem", "letter", "story", "table", "recipe", "speech"]
+
+
+def test_rings_hold_twenty_verbs_and_four_objects_each_and_labels_stay_in_their_wedges(figures, tmp_path):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    texts = [f"{verb.capitalize()} the {noun}." for i, verb in enumerate(VERBS) for noun in NOUNS[: 2 + i % 5]]
+    texts += ["Write the poem."] * 150
     found = parse_analysis.measure_diversity("many.json", texts, parse_by_rules)
     parse_analysis.draw([found], str(tmp_path / "many"))
     axes = figures[0].axes[0]
     assert "many.json" in axes.get_title()
     assert f"n = {len(texts)} " in axes.get_title()
-    outer = [text for text in axes.texts if text.get_position()[0] ** 2 + text.get_position()[1] ** 2 > 0.7]
-    assert len(axes.texts) - len(outer) == 20
-    assert len(outer) == sum(len(objects) for _, _, objects in found.top()) > 60
-    assert min(text.get_fontsize() for text in axes.texts) >= 6
-    # Labels lie along the radius, so none overlaps its neighbour where each is less high than its wedge is wide.
+    outer = [wedge for wedge in axes.patches if wedge.r == 1]
+    assert len(axes.patches) - len(outer) == 20
+    assert len(outer) == sum(min(4, 2 + i % 5) for i in range(22)) - 2 - 2  # the two verbs with fewest objects are out
+    assert sum(wedge.theta2 - wedge.theta1 for wedge in outer) == pytest.approx(360)
+    # Every label lies along the radius inside its own wedge, so no two overlap.
+    renderer = FigureCanvasAgg(figures[0]).get_renderer()
+    middle = axes.transData.transform((0, 0))
+    unit = axes.transData.transform((1, 0))[0] - middle[0]
     for text, wedge in zip(axes.texts, axes.patches, strict=True):
-        x, y = text.get_position()
-        width = 0.6 * len(text.get_text()) * text.get_fontsize() / (72 * 10 / 2.04)
-        inside = (x**2 + y**2) ** 0.5 - width
-        assert inside > wedge.r - wedge.width - 0.01
-        assert text.get_fontsize() < 3.1416 / 180 * (wedge.theta2 - wedge.theta1) * (72 * 10 / 2.04) * wedge.r
+        text.set_rotation(0)  # lying flat, its box is its length and height
+        box = text.get_window_extent(renderer)
+        assert box.width / unit < wedge.width
+        inner_end = wedge.r - 0.02 - box.width / unit
+        letters = 0.75 * text.get_fontsize() * figures[0].dpi / 72
+        assert letters < math.radians(wedge.theta2 - wedge.theta1) * inner_end * unit, text.get_text()
+        assert text.get_fontsize() >= 4
 
 
 def test_same_data_gives_the_same_bytes(data_path, tmp_path):

@@ -119,6 +119,14 @@ def test_a_target_that_cannot_be_written_is_refused_by_name(tmp_path):
             jdump([], path)
 
 
+def test_an_os_error_of_the_callers_own_is_not_blamed_on_the_target(tmp_path):
+    write = atomic_write(tmp_path / "data.json")
+    write.__enter__()
+    passed_on = write.__exit__(FileNotFoundError, FileNotFoundError(2, "No such file", "another"), None) is False
+    assert passed_on
+    assert os.listdir(tmp_path) == []
+
+
 def test_new_files_get_the_umasks_mode_and_old_ones_keep_theirs(tmp_path):
     umask = os.umask(0o027)
     try:
