@@ -73,12 +73,15 @@ def load_seed_tasks(path: str) -> list[dict[str, str]]:
     Raises:
         UserError: names the line and what is wrong there.
     """
-    tasks = []
+    tasks, ids = [], {}
     for where, record in load_records(path):
+        if "id" in record and ids.setdefault(str(record["id"]), where) != where:
+            raise UserError(f"{where}: the id {record['id']!r} stands at {ids[str(record['id'])]} already")
         instances = record.get("instances")
         first = instances[0] if isinstance(instances, list) and instances else None
         if not isinstance(first, dict):
-            raise UserError(f"{where}: 'instances' must be a list with an input and an output")
+            found = json.dumps(instances)[:60] if "instances" in record else f"the fields {', '.join(record)}"
+            raise UserError(f"{where}: 'instances' must be a list with an input and an output, found {found}")
         task = {
             "instruction": record.get("instruction"),
             "input": first.get("input", ""),

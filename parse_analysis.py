@@ -98,7 +98,7 @@ def draw(data_sets: list[Diversity], output_path: str) -> list[str]:
     with matplotlib.rc_context({"svg.hashsalt": "alpaca", "svg.fonttype": "path"}):
         for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
             with atomic_write(path, "wb") as file:
-                figure.savefig(file, format=path[-3:], dpi=150, metadata=metadata)
+                figure.savefig(file, format=path[-3:], dpi=130, metadata=metadata)
     return paths
 
 

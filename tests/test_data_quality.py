@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from benchmarks import data_quality
+from generate_instruction import load_seed_tasks
+from utils import UserError
 
 EXAMPLES = [
     {"instruction": "Write a short poem about rain.", "input": "", "output": "Drip drop."},
@@ -118,3 +120,26 @@ def test_wrong_input_is_refused_in_one_line(arguments, complaint, root, tmp_path
     assert err.startswith(f"error: {complaint}")
     assert err.count("\n") == 1
     assert (tmp_path / "plain.md").read_text() == "plain"
+
+
+TASK = {"id": "a", "name": "n", "instruction": "Name a river.", "instances": [{"input": "", "output": "Rhine"}]}
+
+
+@pytest.mark.parametrize(
+    ("second", "complaint"),
+    [
+        (TASK, "line 2: the id 'a' stands at {path}, line 1 already"),
+        ({"id": "b", "instruction": "x"}, "line 2: 'instances' must be a list .*, found the fields id, instruction"),
+        (
+            {**TASK, "id": "b", "instances": []},
+            "line 2: 'instances' must be a list with an input and an output, found ..$",
+        ),
+        ({**TASK, "id": "b", "instruction": 7}, "line 2: 'instruction' must be text, found 7"),
+        ({**TASK, "id": "b", "instances": [{"input": ""}]}, "line 2: 'output' must be text, found null"),
+    ],
+)
+def test_malformed_seed_tasks_are_refused_with_their_line(second, complaint, tmp_path):
+    path = tmp_path / "seeds.jsonl"
+    path.write_text(f"{json.dumps(TASK)}\n{json.dumps(second)}\n")
+    with pytest.raises(UserError, match=f"^{path}, {complaint.format(path=path)}"):
+        load_seed_tasks(str(path))
