@@ -397,7 +397,7 @@ class PackedTrainer(Trainer):
         averaged = self.args.world_size if self.args.average_tokens_across_devices else 1
         documents = []
         for batch in batches:
-            supervised = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+            supervised = max(1, int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()))  # 0 is the caller's to refuse
             reduction = "micro_batch" if step_supervised is None else "global"
             weight = token_weight(reduction, supervised, len(batches), step_supervised, averaged)
             documents += documents_of(batch, float(weight), self.prefixes)

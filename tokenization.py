@@ -149,11 +149,15 @@ def _mend_merges(tokenizer, proto, spm_file: str) -> bool:
     return True
 
 
-def special_tokens_to_add(tokenizer) -> dict[str, str]:
+def special_tokens_to_add(tokenizer, may_grow: bool = True) -> dict[str, str]:
     """Chooses the special tokens that a tokenizer lacks for training.
 
     What the tokenizer has stays. Padding takes a token that the vocabulary holds in reserve (Llama 3, Mistral, Qwen)
     and only where there is none the original's new `[PAD]`; it never takes EOS, which the model has to learn.
+
+    Args:
+        tokenizer: the tokenizer.
+        may_grow: whether the vocabulary may grow by `[PAD]`. A LoRA adapter has no rows for it; padding is UNK then.
 
     Returns:
         Arguments for `tokenizer.add_special_tokens`, such as {"pad_token": "[PAD]"}; empty where nothing is missing.
@@ -172,7 +176,8 @@ def special_tokens_to_add(tokenizer) -> dict[str, str]:
             for token, _ in vocabulary
             if token not in taken and re.fullmatch(pattern, token)
         )
-        missing["pad_token"] = next(reserved, DEFAULT_PAD_TOKEN)
+        new = DEFAULT_PAD_TOKEN if may_grow else tokenizer.unk_token or tokenizer.bos_token or DEFAULT_PAD_TOKEN
+        missing["pad_token"] = next(reserved, new)
     return missing
 
 
@@ -266,7 +271,7 @@ def tokenize_once(examples: Sequence[Mapping], tokenizer, cache_dir: str | None 
         progress: whether to show a bar.
 
     Returns:
-        TokenizedExamples and whether they came from the cache.
+        TokenizedExamples in the order of `examples`.
     """
     sources = [format_prompt(example) for example in examples]
     targets = [example["output"] for example in examples]
@@ -276,7 +281,7 @@ def tokenize_once(examples: Sequence[Mapping], tokenizer, cache_dir: str | None 
     try:
         with np.load(path) as cached:
             fields = {key: cached[key] for key in cached.files}
-        return TokenizedExamples(**{**fields, "truncated": int(fields["truncated"])}), True
+        return TokenizedExamples(**{**fields, "truncated": int(fields["truncated"])})
     except (OSError, ValueError, KeyError, TypeError):
         pass
     tokenized = tokenize_examples(sources, targets, tokenizer, progress)
@@ -285,7 +290,7 @@ def tokenize_once(examples: Sequence[Mapping], tokenizer, cache_dir: str | None 
             np.savez(file, **vars(tokenized))
     except OSError as error:
         print(f"tokens not cached: cannot write {path} ({error.strerror})")
-    return tokenized, False
+    return tokenized
 
 
 def _content_hash(sources: Sequence[str], targets: Sequence[str], tokenizer) -> str:

@@ -25,15 +25,22 @@ if __name__ == "__main__" and sys.argv[1:2] != ["merge"]:
         sys.exit(2)
 
 import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import transformers
 from torch.utils.data import Dataset
+from transformers.trainer_utils import IntervalStrategy, set_seed
 
+import checkpoint
+import lora
 import packing
+import resources
+import sharding
 import tokenization
+from trainer import AlpacaTrainer
 from utils import (
     DEFAULT_BOS_TOKEN,
     DEFAULT_EOS_TOKEN,
@@ -41,6 +48,9 @@ from utils import (
     DEFAULT_UNK_TOKEN,
     PROMPT_DICT,
     alpaca_chat_template,
+    is_main,
+    run_cli,
+    say,
     smart_tokenizer_and_embedding_resize,
 )
 
@@ -143,8 +153,9 @@ class TrainingArguments(transformers.TrainingArguments):
             self.warmup_steps = self.warmup_ratio
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
-        if not torch.accelerator.is_available():
+        if not sharding.has_accelerator():
             self.use_cpu = True
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, warns at its import
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.bf16 and not has_bf16:
             self.bf16 = False
@@ -152,32 +163,18 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.tf32 and not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8):
             self.tf32 = None
             say(f"--tf32: {device_name()} has no TF32 arithmetic; going on without")
-        if self.fsdp and not can_shard():
-            say("--fsdp: accelerate shards only across accelerators, not on this machine; going on data-parallel")
-            self.fsdp = None
-        if self.fsdp and self.fsdp_transformer_layer_cls_to_wrap:
-            self.fsdp_config = self.fsdp_config or {}
-            self.fsdp_config["transformer_layer_cls_to_wrap"] = self.fsdp_transformer_layer_cls_to_wrap
-        if self.deepspeed and not can_shard():
-            say("--deepspeed: accelerate starts DeepSpeed only on accelerators, not on this machine; going on without")
-            self.deepspeed = None
+        if self.fsdp and self.deepspeed:
+            raise UserError("--fsdp and --deepspeed both shard the model; give one")
+        if self.fsdp:
+            sharding.read_fsdp(self)
+        if self.deepspeed:
+            sharding.read_deepspeed(self)
         super().__post_init__()
-
-
-def say(line: str) -> None:
-    """Prints a line, once for all ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
 
 
 def device_name() -> str:
     """Names what this machine computes on."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine (no GPU)"
-
-
-def can_shard() -> bool:
-    """Whether accelerate applies FSDP and DeepSpeed here: up to 1.15 it leaves processes on a CPU data-parallel."""
-    return torch.accelerator.is_available()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,25 +211,30 @@ class SupervisedDataset(Dataset):
     Attributes:
         input_ids: one int64 tensor per example.
         labels: likewise, IGNORE_INDEX where nothing is to be learned.
+        records: each example's number in its file, from 0.
+        truncated: how many examples were cut.
     """
 
-    def __init__(self, data_path: str, tokenizer, examples: Sequence[Mapping] | None = None):
-        """Tokenizes `examples`, or the records of `data_path` when they aren't given."""
+    def __init__(self, data_path: str, tokenizer, examples: Mapping[int, Mapping] | None = None):
+        """Tokenizes the records of `data_path`, or those of them that `examples` gives by number."""
         super().__init__()
-        examples = tokenization.load_dataset_examples(data_path) if examples is None else examples
-        progress = os.environ.get("RANK", "0") == "0"
-        tokenized, _ = tokenization.tokenize_once(examples, tokenizer, progress=progress)
+        examples = dict(enumerate(tokenization.load_dataset_examples(data_path))) if examples is None else examples
+        tokenized = tokenization.tokenize_once(list(examples.values()), tokenizer, progress=is_main())
         tensors = _as_tensors(tokenized)
+        self.data_path, self.records, self.truncated = data_path, list(examples), tokenized.truncated
         self.input_ids, self.labels = tensors["input_ids"], tensors["labels"]
-        self.truncated = tokenized.truncated
 
     def __len__(self) -> int:
         """Counts the examples."""
         return len(self.input_ids)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        """Gets an example, with its number as `record`."""
-        return {"input_ids": self.input_ids[i], "labels": self.labels[i], "record": torch.tensor(i)}
+        """Gets an example, with the number of its record."""
+        return {"input_ids": self.input_ids[i], "labels": self.labels[i], "record": torch.tensor(self.records[i])}
+
+    def unlearnable(self) -> list[int]:
+        """Lists the records without a label: their prompt alone fills `model_max_length`."""
+        return [n for n, labels in zip(self.records, self.labels, strict=True) if labels[-1] == IGNORE_INDEX]
 
 
 @dataclass
@@ -264,12 +266,25 @@ class DataCollatorForSupervisedDataset:
         return batch
 
 
-def make_supervised_data_module(tokenizer, data_args: DataArguments) -> dict:
-    """Makes the datasets and the collator that the Trainer takes."""
-    train_dataset = SupervisedDataset(data_args.data_path, tokenizer)
+def make_supervised_data_module(tokenizer, data_args: DataArguments, seed: int = 42) -> dict:
+    """Makes the datasets and the collator that the Trainer takes.
+
+    Raises:
+        UserError: names the first record that is wrong and what was found there.
+    """
+    examples = dict(enumerate(tokenization.load_dataset_examples(data_args.data_path)))
+    held_out = {}
+    if data_args.eval_fraction:
+        count = min(len(examples) - 1, max(1, round(len(examples) * data_args.eval_fraction)))
+        held_out = {i: examples.pop(i) for i in sorted(random.Random(seed).sample(range(len(examples)), count))}
+    eval_dataset = None
+    if held_out:
+        eval_dataset = SupervisedDataset(data_args.data_path, tokenizer, held_out)
+    elif data_args.eval_data_path:
+        eval_dataset = SupervisedDataset(data_args.eval_data_path, tokenizer)
     return {
-        "train_dataset": train_dataset,
-        "eval_dataset": None,
+        "train_dataset": SupervisedDataset(data_args.data_path, tokenizer, examples),
+        "eval_dataset": eval_dataset,
         "data_collator": DataCollatorForSupervisedDataset(tokenizer),
     }
 
@@ -278,66 +293,161 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments) -> dict:
 # Training
 
 
-class AlpacaTrainer(packing.PackedTrainer):
-    """The Trainer with the original's loss."""
+def parse_arguments(argv: Sequence[str] | None = None):
+    """Reads the command line.
 
-    def __init__(self, *args, **kwargs):
-        """Chooses how the losses of a step's micro-batches are weighed."""
-        super().__init__(*args, **kwargs)
-        # The one place that decides it. True: the Trainer divides by the tokens of the whole step, over accumulation
-        # and ranks. False: each micro-batch is averaged over its own tokens, then the micro-batches over each other.
-        self.model_accepts_loss_kwargs = self.args.loss_reduction == "global"
+    Raises:
+        UserError: a value doesn't fit its flag, or flags contradict each other.
+    """
+    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    parser.error = _refuse
+    try:
+        model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if not data_args.data_path:
+        raise UserError("--data_path is missing: a JSON or JSON Lines file, or a Hub data set id")
+    if data_args.eval_data_path and data_args.eval_fraction:
+        raise UserError("--eval_data_path and --eval_fraction both name data to evaluate on; give one")
+    if not 0 <= data_args.eval_fraction < 1:
+        raise UserError(f"--eval_fraction must be at least 0 and below 1, found {data_args.eval_fraction}")
+    if args.loss_reduction not in ("micro_batch", "global"):
+        raise UserError(f"--loss_reduction must be micro_batch or global, found {args.loss_reduction!r}")
+    if args.model_max_length < 2:
+        raise UserError(f"--model_max_length must be at least 2, found {args.model_max_length}")
+    if model_args.lora_r < 0:
+        raise UserError(f"--lora_r must be 0 (train all weights) or more, found {model_args.lora_r}")
+    if args.eval_strategy != "no" and not (data_args.eval_data_path or data_args.eval_fraction):
+        say(f"--eval_strategy {args.eval_strategy.value}: no --eval_data_path or --eval_fraction; not evaluating")
+        args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
+        if args.load_best_model_at_end:
+            raise UserError("--load_best_model_at_end needs --eval_data_path or --eval_fraction to tell the best by")
+    return model_args, data_args, args
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        """Computes a micro-batch's loss."""
-        inputs = {name: value for name, value in inputs.items() if name != "records"}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+
+def _refuse(message: str):
+    raise UserError(message)
+
+
+def load_skeleton(model_args: ModelArguments, args: TrainingArguments):
+    """Loads the tokenizer, and the model without its weights: with rows for the tokens that were added.
+
+    Raises:
+        UserError: there is no such model, or it doesn't take `model_max_length` tokens.
+    """
+    try:
+        tokenizer, notes = tokenization.load_tokenizer(
+            model_args.model_name_or_path, args.model_max_length, args.cache_dir
+        )
+        config = transformers.AutoConfig.from_pretrained(model_args.model_name_or_path, cache_dir=args.cache_dir)
+        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {model_args.model_name_or_path}: {str(error).splitlines()[0]}") from error
+    except KeyError:
+        raise UserError(f"{model_args.model_name_or_path} is a {config.model_type}, no causal language model") from None
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and args.model_max_length > longest:
+        raise UserError(f"--model_max_length {args.model_max_length} exceeds the model's {longest} positions")
+    for note in notes:
+        say(note)
+    tokenizer.add_special_tokens(tokenization.special_tokens_to_add(tokenizer, may_grow=not model_args.lora_r))
+    tokenizer.chat_template = alpaca_chat_template(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    with torch.device("meta"):
+        return tokenizer, model_class(config)
+
+
+def describe_data(data: Mapping, tokenizer) -> None:
+    """Says what will be learned: counts, what was cut, and one example with its mask."""
+    dataset, limit = data["train_dataset"], tokenizer.model_max_length
+    tokens, learned = sum(map(len, dataset.input_ids)), sum(int((x != IGNORE_INDEX).sum()) for x in dataset.labels)
+    held_out = f", {len(data['eval_dataset']):,} to evaluate on" if data["eval_dataset"] else ""
+    say(f"data: {len(dataset):,} examples{held_out}; {tokens:,} tokens, {learned:,} of them learned")
+    if dataset.truncated:
+        say(f"{dataset.truncated} example(s) longer than {limit} tokens are cut: they don't teach the model to stop")
+    if empty := dataset.unlearnable():
+        shown = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
+        say(f"{len(empty)} example(s) have nothing to learn, their prompt alone fills {limit} tokens: records {shown}")
+    ids, is_prompt = dataset.input_ids[0], dataset.labels[0] == IGNORE_INDEX
+    prompt, answer = tokenizer.decode(ids[is_prompt]), tokenizer.decode(ids[~is_prompt])
+    say(f"--- record {dataset.records[0]}, prompt (not learned):\n{prompt}\n--- answer (learned):\n{answer}\n---")
+
+
+def load_model(model_args: ModelArguments, args: TrainingArguments, tokenizer):
+    """Loads the weights and gives them rows for new tokens, or a LoRA adapter.
+
+    Weights are float32 masters whatever the checkpoint's type is; those that LoRA freezes take the compute type.
+    """
+    dtype = torch.bfloat16 if model_args.lora_r and args.bf16 else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path, cache_dir=args.cache_dir, dtype=dtype
+    )
+    rows = smart_tokenizer_and_embedding_resize({}, tokenizer, model)
+    say(f"padding: {tokenizer.pad_token}" + (", a new token; its row is the mean of the others" if rows else ""))
+    for config in (model.config, model.generation_config):
+        config.pad_token_id = tokenizer.pad_token_id
+    if model_args.lora_r:
+        m = model_args
+        model = lora.add_adapter(model, m.lora_r, m.lora_alpha, m.lora_dropout, m.lora_target_modules)
+        say(f"LoRA on {', '.join(lora.target_names(model))}")
+    return model
 
 
 def train() -> None:
-    """Trains as the command line says."""
-    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses()
-    tokenizer, notes = tokenization.load_tokenizer(
-        model_args.model_name_or_path, training_args.model_max_length, training_args.cache_dir
-    )
-    for note in notes:
-        say(note)
-    added = tokenization.special_tokens_to_add(tokenizer)
-    adds_bos = bool(tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
-    tokenizer.chat_template = alpaca_chat_template(adds_bos)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path, cache_dir=training_args.cache_dir, dtype=torch.float32
-    )
-    rows = smart_tokenizer_and_embedding_resize(added, tokenizer, model)
-    if rows:
-        say(f"added {rows} row(s) to the embeddings for {', '.join(added.values())}")
-    with training_args.main_process_first(local=True):
-        data_module = make_supervised_data_module(tokenizer, data_args)
-    packed, shared, why_not = packing.choose(
-        model.config,
-        training_args.padding_free,
-        training_args.shared_prefix,
-        lora_dropout=model_args.lora_dropout if model_args.lora_r else 0.0,
-    )
+    """Trains as the command line says.
+
+    Raises:
+        UserError: a user's mistake, found before the weights load wherever it can be.
+        SystemExit: status 143 after SIGTERM.
+    """
+    model_args, data_args, args = parse_arguments()
+    resume = checkpoint.find_resume_point(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
+    tokenizer, skeleton = load_skeleton(model_args, args)
+    if args.fsdp:
+        sharding.choose_wrapped_layer(args, skeleton)
+    with args.main_process_first(local=True):
+        data = make_supervised_data_module(tokenizer, data_args, args.seed)
+    describe_data(data, tokenizer)
+    shape = resources.check(args, model_args.lora_r, skeleton, len(data["train_dataset"]))
+
+    set_seed(args.seed)
+    model = load_model(model_args, args, tokenizer)
+    shapes = lora.adapter_shapes(model) if model_args.lora_r else checkpoint.tensor_shapes(skeleton)
+    if is_main():
+        checkpoint.clear(args.output_dir, args.overwrite_output_dir)
+    dropout = model_args.lora_dropout if model_args.lora_r else 0.0
+    packed, shared, why_not = packing.choose(model.config, args.padding_free, args.shared_prefix, lora_dropout=dropout)
     if why_not:
         say(why_not)
     if packed:
         packing.install(model)
-    trainer = AlpacaTrainer(model=model, args=training_args, processing_class=tokenizer, **data_module)
+    trainer = AlpacaTrainer(model=model, args=args, processing_class=tokenizer, shape=shape, **data)
     if packed:
-        say(trainer.pack(training_args.max_tokens_per_pass or 16384, shared))
-    trainer.train()
+        say(trainer.pack(args.max_tokens_per_pass or 16384, shared))
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.stopped:
+        last = checkpoint.last_checkpoint(args.output_dir)
+        say(f"SIGTERM: stopped and saved {last}; the same command with --resume_from_checkpoint True continues")
+        raise SystemExit(143)
+    if data["eval_dataset"] is not None:
+        trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_state()
-    trainer.save_model()
+    tensors = trainer.save_verified(*shapes)
+    say(resources.closing_table(trainer.state, trainer.throughput))
+    say(f"{args.output_dir}: {tensors} tensors saved and read back, all there, of their shapes, finite")
+    if model_args.lora_r:
+        say(f"merge the adapter: python train.py merge --adapter_dir {args.output_dir} --output_dir MERGED")
 
 
 def main() -> None:
-    """Runs `train` and turns a user's mistake into one line."""
+    """Runs `train`, or `merge`; turns a user's mistake into one line and exit status 2."""
+    if sys.argv[1:2] == ["merge"]:
+        return run_cli({"merge": lora.merge})
     try:
         train()
     except UserError as error:
-        say(f"error: {error}")
+        if is_main():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         if torch.distributed.is_initialized():

@@ -326,6 +326,21 @@ def alpaca_chat_template(adds_bos: bool) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Processes that torchrun started
+
+
+def is_main() -> bool:
+    """Whether this is the first of all ranks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """Prints a line, once for all ranks."""
+    if is_main():
+        print(line, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Completions
 
 

@@ -1,0 +1,249 @@
+"""Checkpoints that are whole or not there, and a final model that is read back before the run says it is done."""
+
+import contextlib
+import glob
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+
+from utils import UserError
+
+STAGING = ".saving"  # a checkpoint is written here and renamed once all ranks have written all of it
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before training
+
+
+def find_resume_point(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
+    """Finds the checkpoint to continue from, and refuses to write over another run.
+
+    Args:
+        output_dir: the run's folder.
+        resume: `--resume_from_checkpoint`: None or a false word, a true word (the last checkpoint in `output_dir`),
+            or a checkpoint's folder.
+        overwrite: whether a run that is there may be replaced.
+
+    Returns:
+        The checkpoint's folder, or None to start from the beginning.
+
+    Raises:
+        UserError: nothing to continue from, or something that would be written over.
+    """
+    if resume and resume.lower() not in ("true", "yes", "1", "false", "no", "0"):
+        if not os.path.isfile(os.path.join(resume, "trainer_state.json")):
+            last = last_checkpoint(output_dir)
+            hint = f"the last whole one is {last}" if last else f"{output_dir} holds none"
+            raise UserError(f"--resume_from_checkpoint {resume}: no checkpoint of a run there; {hint}")
+        return resume
+    last = last_checkpoint(output_dir)
+    if resume and resume.lower() in ("true", "yes", "1"):
+        if last is None:
+            raise UserError(
+                f"--resume_from_checkpoint: {output_dir} holds no whole checkpoint; leave the flag away to start afresh"
+            )
+        return last
+    found = last or next(iter(glob.glob(os.path.join(output_dir, "*.safetensors"))), None)
+    if found and not overwrite:
+        raise UserError(
+            f"{output_dir} already holds {os.path.basename(found)}; continue that run with --resume_from_checkpoint "
+            "True, replace it with --overwrite_output_dir, or name another --output_dir"
+        )
+    return None
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """Finds the latest checkpoint of a run: `checkpoint-<step>` with the highest step."""
+    steps = {}
+    for path in glob.glob(os.path.join(output_dir, "checkpoint-*")):
+        number = os.path.basename(path).removeprefix("checkpoint-")
+        if number.isdigit() and os.path.isfile(os.path.join(path, "trainer_state.json")):
+            steps[int(number)] = path
+    return steps[max(steps)] if steps else None
+
+
+def clear(output_dir: str, overwrite: bool) -> None:
+    """Removes what an interrupted save left, and with `overwrite` the checkpoints of an earlier run."""
+    shutil.rmtree(os.path.join(output_dir, STAGING), ignore_errors=True)
+    if overwrite:
+        for path in glob.glob(os.path.join(output_dir, "checkpoint-*")):
+            shutil.rmtree(path)
+
+
+def check_disk(output_dir: str, final_bytes: int, checkpoint_bytes: int, checkpoints: int) -> str:
+    """Checks that everything a run will keep fits on the disk.
+
+    Args:
+        output_dir: where it goes.
+        final_bytes: of the final model.
+        checkpoint_bytes: of one checkpoint.
+        checkpoints: how many there are at once, the one being written included.
+
+    Returns:
+        A line that says what is needed and what there is.
+
+    Raises:
+        UserError: it doesn't fit.
+    """
+    folder = os.path.abspath(output_dir)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    need, free = final_bytes + checkpoints * checkpoint_bytes, shutil.disk_usage(folder).free
+    parts = f"the final model {gib(final_bytes)}, {checkpoints} checkpoint(s) of {gib(checkpoint_bytes)}"
+    if need > free:
+        raise UserError(
+            f"the disk of {output_dir} has {gib(free)} free and this run needs {gib(need)} ({parts}); free space, "
+            "lower --save_total_limit, or pass --save_strategy no or --save_only_model True"
+        )
+    return f"disk: {gib(need)} needed at most ({parts}), {gib(free)} free"
+
+
+def gib(size: float) -> str:
+    """Writes a number of bytes in GiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# During training
+
+
+class StopSignal:
+    """Remembers that SIGTERM has come, so that the step under way is finished and saved.
+
+    Attributes:
+        received: whether it has.
+    """
+
+    def __init__(self):
+        """Starts listening."""
+        self.received = False
+        self._previous = signal.signal(signal.SIGTERM, self._remember)
+
+    def _remember(self, number, frame) -> None:
+        self.received = True
+
+    def restore(self) -> None:
+        """Stops listening."""
+        signal.signal(signal.SIGTERM, self._previous)
+
+
+@contextlib.contextmanager
+def staged(target: str, writers: tuple[bool, bool], barrier: Callable[[], None]) -> Iterator[str]:
+    """Lets all ranks write a folder that then appears under `target` whole.
+
+    Args:
+        target: the folder, such as OUT/checkpoint-400; one that is there is replaced.
+        writers: whether this rank is the run's first, and whether it is its machine's first (where machines don't
+            share a disk, each renames its own part).
+        barrier: waits for all ranks.
+
+    Yields:
+        A folder beside the target to write into; it has the target's name.
+    """
+    parent, name = os.path.split(os.path.abspath(target))
+    staging = os.path.join(parent, STAGING)
+    yield os.path.join(staging, name)
+    barrier()
+    for writer in writers:
+        if writer and os.path.isdir(os.path.join(staging, name)):
+            for path in glob.glob(os.path.join(staging, name, "**"), recursive=True):
+                _fsync(path)
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(os.path.join(staging, name), target)
+            os.rmdir(staging)
+            _fsync(parent)
+        barrier()
+
+
+def _fsync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# After training
+
+
+def tensor_shapes(model) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Lists a model's tensors.
+
+    Returns:
+        Name -> shape, and for tensors that share memory, name -> name of the first.
+    """
+    shapes, aliases, first = {}, {}, {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shapes[name] = tuple(parameter.shape)
+        if id(parameter) in first:
+            aliases[name] = first[id(parameter)]
+        first.setdefault(id(parameter), name)
+    shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in model.state_dict()}
+    return shapes, aliases
+
+
+def verify(folder: str, shapes: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> int:
+    """Reads a saved model back: every tensor there, of its shape, finite.
+
+    Args:
+        folder: holds safetensors, in one file or in shards with an index.
+        shapes: name -> shape of every tensor of the model.
+        aliases: name -> name of the tensor that it shares its memory with; one of the two is enough.
+
+    Returns:
+        How many tensors were checked.
+
+    Raises:
+        RuntimeError: something is missing, misshapen, not finite or unknown.
+    """
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open objects aren't mappings)
+                tensor = file.get_tensor(name)
+                found[name] = tuple(tensor.shape)
+                if not tensor.isfinite().all():
+                    raise RuntimeError(f"{path}: {name} is not finite; the last good checkpoint is untouched")
+    present = set(found) | {alias for alias, name in aliases.items() if name in found}
+    present |= {name for alias, name in aliases.items() if alias in found}
+    if missing := sorted(set(shapes) - present):
+        raise RuntimeError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors, {missing[0]} first")
+    for name, shape in found.items():
+        if name not in shapes:
+            raise RuntimeError(f"{folder} holds {name}, which the model does not have")
+        if shape != tuple(shapes[name]):
+            raise RuntimeError(f"{folder}: {name} has shape {shape}, the model {tuple(shapes[name])}")
+    return len(found)
+
+
+def publish(staging: str, output_dir: str) -> None:
+    """Moves a verified model from its staging folder into the run's folder, weights' index and config last."""
+    late = ("model.safetensors.index.json", "adapter_config.json", "config.json")
+    names = sorted(os.listdir(staging), key=lambda name: (name in late, name))
+    for stale in glob.glob(os.path.join(output_dir, "*.safetensors*")):
+        if os.path.basename(stale) not in names:
+            os.unlink(stale)
+    for name in names:
+        os.replace(os.path.join(staging, name), os.path.join(output_dir, name))
+    shutil.rmtree(staging)
+
+
+def saves_kept(total_steps: int, strategy: str, save_steps: float, epochs: float, limit: int | None) -> int:
+    """Counts the checkpoints that stand on the disk at once, the one being written included."""
+    if strategy == "no":
+        return 0
+    every = save_steps if save_steps >= 1 else max(1, math.ceil(total_steps * save_steps))
+    made = math.ceil(epochs) if strategy == "epoch" else math.ceil(total_steps / every)
+    return min(made, limit + 1) if limit else made
+
+
+def read_json(path: str) -> dict:
+    """Reads a JSON object that a library wrote."""
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)

@@ -1,0 +1,78 @@
+"""LoRA: a small adapter that learns instead of the model's weights, through peft."""
+
+import os
+
+from utils import UserError
+
+
+def add_adapter(model, r: int, alpha: float, dropout: float, target_modules: str | None):
+    """Freezes a model and puts LoRA adapters beside its linear layers.
+
+    Args:
+        model: a causal language model.
+        r: rank of the adapters.
+        alpha: their scale is alpha / r.
+        dropout: on their input.
+        target_modules: comma-separated names; every linear layer but the output layer when None.
+
+    Returns:
+        The peft model, whose adapters alone get gradients.
+    """
+    import peft
+
+    config = peft.LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules.split(",") if target_modules else "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules {target_modules}: {str(error).splitlines()[0]}") from error
+    adapted.enable_input_require_grads()  # so that recomputed activations have a gradient to carry
+    return adapted
+
+
+def target_names(model) -> list[str]:
+    """Lists the layers that have an adapter, such as ["k_proj", "q_proj"]."""
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")})
+
+
+def adapter_shapes(model) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Lists the tensors that a checkpoint of an adapter holds: name -> shape, and no aliases."""
+    import peft
+
+    return {name: tuple(t.shape) for name, t in peft.get_peft_model_state_dict(model).items()}, {}
+
+
+def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> None:
+    """Adds an adapter to its model's weights and saves a model that needs no peft.
+
+    Args:
+        adapter_dir: what a LoRA run of train.py saved.
+        output_dir: a folder that is new or empty.
+        base_model: the model that the adapter was trained on; the one named in the adapter when None.
+    """
+    import peft
+    import torch
+    import transformers
+
+    from checkpoint import read_json, tensor_shapes, verify
+
+    settings = os.path.join(adapter_dir, "adapter_config.json")
+    if not os.path.isfile(settings):
+        raise UserError(f"{adapter_dir} holds no adapter_config.json; expected the output folder of a LoRA run")
+    if os.path.isdir(output_dir) and os.listdir(output_dir):
+        raise UserError(f"{output_dir} is not empty; name a new folder")
+    base = base_model or read_json(settings)["base_model_name_or_path"]
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    except OSError as error:
+        raise UserError(f"cannot load the adapter's model {base}; name it with --base_model") from error
+    merged = peft.PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
+    merged.save_pretrained(output_dir)
+    transformers.AutoTokenizer.from_pretrained(adapter_dir).save_pretrained(output_dir)
+    verify(output_dir, *tensor_shapes(merged))
+    print(f"{output_dir}: {base} with {adapter_dir} merged into its weights, checked")

@@ -1,0 +1,51 @@
+"""Starts train.py with FSDP2 and DeepSpeed really at work on CPU processes. For tests only.
+
+    torchrun --nproc_per_node=2 tests/cpu_sharding.py COMMANDS.json
+
+accelerate 1.15 never promotes its multi-CPU mode to FSDP and hands DeepSpeed no backend without an accelerator. Both
+are mended here, outside the shipped script, which says that it goes on data-parallel instead. COMMANDS.json is a list
+of train.py's argument lists; they run one after another in the same processes, which saves their start-up.
+"""
+
+import json
+import os
+import sys
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+import sharding
+import train
+
+state_init, prepare_backend = AcceleratorState.__init__, PartialState._prepare_backend
+
+
+def init_promoting_cpu_to_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+    state_init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if fsdp_plugin.cpu_offload:
+            fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # only an accelerator pins memory
+
+
+def prepare_gloo_backend(self, cpu=False, sagemaker_dp=False, backend=None):
+    return ("gloo", DistributedType.MULTI_CPU) if not cpu else prepare_backend(self, cpu, sagemaker_dp, backend)
+
+
+def run(argv: list[str]) -> None:
+    plain = "--plain" in argv
+    AcceleratorState.__init__ = state_init if plain else init_promoting_cpu_to_fsdp
+    PartialState._prepare_backend = prepare_backend if plain else prepare_gloo_backend
+    sharding.has_accelerator = lambda: not plain
+    sys.argv = ["train.py", *(argument for argument in argv if argument != "--plain")]
+    train.train()
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        for argv in json.load(file):
+            run(argv)

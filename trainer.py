@@ -1,0 +1,158 @@
+"""The Hugging Face Trainer with the original's loss, whole checkpoints and a stop when the loss is no number."""
+
+import os
+from collections.abc import Mapping
+
+import torch
+from transformers.trainer_utils import rotate_checkpoints
+
+import checkpoint
+import packing
+import resources
+from utils import UserError
+
+
+class AlpacaTrainer(packing.PackedTrainer):
+    """The Trainer with the original's loss, saves that are whole or not there, and a stop when the loss is no number.
+
+    Attributes:
+        stopped: whether SIGTERM ended the run early.
+        throughput: counts tokens and time.
+    """
+
+    def __init__(self, *args, shape: resources.ModelShape, **kwargs):
+        """Chooses how the losses of a step's micro-batches are weighed."""
+        super().__init__(*args, **kwargs)
+        # The one place that decides it. True: the Trainer divides by the tokens of the whole step, over accumulation
+        # and ranks. False: each micro-batch is averaged over its own tokens, then the micro-batches over each other.
+        self.model_accepts_loss_kwargs = self.args.loss_reduction == "global"
+        self.stopped, self.stop_signal = False, None
+        self.throughput = resources.Throughput(shape, self.args.device, self.args.world_size)
+        self._step: list[tuple[torch.Tensor, ...]] = []  # loss, labels and records of its micro-batches so far
+        self._staging: str | None = None
+        self._saved_at = -1
+
+    def train(self, *args, **kwargs):
+        """Trains; SIGTERM ends it after the step under way, with a checkpoint."""
+        self.stop_signal = checkpoint.StopSignal()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.stop_signal.restore()
+
+    def _inner_training_loop(self, *args, **kwargs):
+        self.throughput.restart()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """Computes a micro-batch's loss."""
+        inputs = {name: value for name, value in inputs.items() if name != "records"}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """Evaluates a batch."""
+        inputs = {name: value for name, value in inputs.items() if name != "records"}
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Runs a micro-batch forward and backward; after a step's last one, checks all of the step's losses."""
+        passes = inputs.get("passes")  # padding-free: all of the step's, on its last micro-batch
+        computed = sum(one.input_ids.numel() for one in passes) if passes is not None else inputs["input_ids"].numel()
+        self.throughput.add(computed, inputs["attention_mask"].sum(dim=1))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step.append((loss, inputs["labels"], inputs["records"]))
+        if self.accelerator.sync_gradients:
+            self.check_step(padding_free=passes is not None)
+        return loss
+
+    def check_step(self, padding_free: bool) -> None:
+        """Stops all ranks together, before the weights change, when a loss of this step is no number to learn from.
+
+        Args:
+            padding_free: whether the last micro-batch's loss is the whole step's.
+
+        Raises:
+            UserError: a loss is NaN, infinite or 0, or a micro-batch has no label; with the records' numbers.
+        """
+        losses = torch.stack([loss.float() for loss, *_ in self._step])
+        losses = losses[-1:].expand_as(losses) if padding_free else losses
+        empty = torch.stack([(labels[:, 1:] == packing.IGNORE_INDEX).all() for _, labels, _ in self._step])
+        is_bad = ~losses.isfinite() | (losses == 0) | empty.to(losses.device)
+        flags = torch.stack([is_bad.any(), torch.tensor(self.stop_signal.received, device=losses.device)]).int()
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        bad, stop = flags.tolist()
+        if bad:
+            raise UserError(self._describe(losses.tolist(), is_bad.tolist(), empty.tolist()))
+        self._step.clear()
+        self.stopped |= bool(stop)
+        self.control.should_training_stop |= self.stopped
+
+    def _describe(self, losses: list[float], is_bad: list[bool], empty: list[bool]) -> str:
+        found = []
+        for (_, _, records), loss, bad, nothing in zip(self._step, losses, is_bad, empty, strict=True):
+            where = f"on records {records.flatten().tolist()}"
+            if nothing:
+                found.append(f"nothing to learn {where}: their prompts alone fill --model_max_length")
+            elif bad:
+                found.append(f"the loss is {loss:g} {where}")
+        if self.args.world_size > 1:
+            everyone: list = [None] * self.args.world_size
+            torch.distributed.all_gather_object(everyone, found)
+            found = [line for lines in everyone for line in lines]
+        last = checkpoint.last_checkpoint(self.args.output_dir)
+        return f"stopped at step {self.state.global_step + 1}: {'; '.join(found)}. " + (
+            f"The last good checkpoint is {last}" if last else "No checkpoint had been saved yet"
+        )
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if self.stopped and self._saved_at != self.state.global_step:
+            self.control.should_save = self.control.should_log = True
+        return super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        """Adds speed and memory to the lines that carry a training loss."""
+        if "loss" in logs:
+            logs.update(self.throughput.report(self._sum_over_ranks))
+        super().log(logs, *args, **kwargs)
+
+    def _sum_over_ranks(self, counts: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(counts.to(self.args.device), "sum")
+
+    def _get_output_dir(self, trial):
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        target = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        writers = (self.is_world_process_zero(), self.is_local_process_zero())
+        with checkpoint.staged(target, writers, self.accelerator.wait_for_everyone) as folder:
+            self._staging = os.path.dirname(folder)
+            super()._save_checkpoint(model, trial)
+            self._staging = None
+            if self.state.best_model_checkpoint == folder:
+                self.state.best_model_checkpoint = target
+                if self.args.should_save:
+                    self.state.save_to_json(os.path.join(folder, "trainer_state.json"))
+        self._saved_at = self.state.global_step
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, best, use_mtime=True)
+
+    def save_verified(self, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> int:
+        """Saves the final model, reads it back, and only then puts it into the output folder.
+
+        Args:
+            shapes: name -> shape of every tensor.
+            aliases: tensors that share memory with another.
+
+        Returns:
+            How many tensors were checked; 0 on ranks that write nothing.
+        """
+        staging = os.path.join(self.args.output_dir, checkpoint.STAGING)
+        self.save_model(staging)
+        self.accelerator.wait_for_everyone()
+        if not self.is_world_process_zero():
+            return 0
+        count = checkpoint.verify(staging, shapes, aliases)
+        checkpoint.publish(staging, self.args.output_dir)
+        return count
