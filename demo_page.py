@@ -111,7 +111,7 @@ def build_judging(journal: Journal) -> Any:
         pair = journal.waiting[0]
         texts = [gr.update(value=text) for text in (pair.instruction, pair.input, *pair.shown)]
         texts[1]["visible"] = bool(pair.input)
-        return [f"{len(journal.waiting)} pairs to go", pair.key, *texts, *[gr.update(visible=True)] * 3]
+        return [f"Pairs to go: {len(journal.waiting)}", pair.key, *texts, *[gr.update(visible=True)] * 3]
 
     def choose(choice: str, key: str) -> list[Any]:
         # A second click, or one in another tab, must not judge a pair that nobody has seen there.
@@ -150,6 +150,10 @@ def check_port(host: str, port: int) -> None:
 
 def serve(page: Any, host: str, port: int, share: bool) -> None:
     """Serves a page until Ctrl-C."""
-    page.launch(server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True, footer_links=[])
+    _, _, public = page.launch(
+        server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True, footer_links=[]
+    )
     say(f"open http://{host}:{port} in a browser; Ctrl-C ends the page")
+    if public:
+        say(f"anyone may open {public}")
     page.block_thread()

@@ -97,9 +97,7 @@ def load(model_path: str, device: str | None = None, dtype: str | None = None) -
     """
     check_model_folder(model_path)
     with contextlib.redirect_stdout(sys.stderr):  # libraries log to stdout when they are first imported
-        import torch
         from safetensors import SafetensorError
-        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -109,28 +107,38 @@ def load(model_path: str, device: str | None = None, dtype: str | None = None) -
     base = _base_of_adapter(adapter) if os.path.exists(adapter) else model_path
     device = pick_device(device)
     try:
-        config = AutoConfig.from_pretrained(base)
+        model, missing = _load_model(base, device, dtype)
         own = os.path.exists(os.path.join(model_path, "tokenizer_config.json"))
-        tokenizer, notes = load_tokenizer(model_path if own else base, config.get_text_config().max_position_embeddings)
-        with torch.device("meta"):
-            parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-        dtype = pick_dtype(dtype, device, parameters)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, device_map={"": device}, output_loading_info=True
-        )
-    except UserError:
-        raise
+        tokenizer, notes = load_tokenizer(model_path if own else base, model_max_length=_context(model.config))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load {base}: {' '.join(str(error).split())[:300]}") from error
-    missing = sorted(report["missing_keys"])
+        asked = "" if os.path.exists(base) else "there is no such folder, and the Hub was asked in vain; "
+        raise UserError(f"cannot load {base}: {asked}{' '.join(str(error).split())[:300]}") from error
     if missing:  # transformers fills them with random numbers and goes on: the gibberish that users report
         raise UserError(f"{base} lacks {len(missing)} of the model's tensors, {missing[0]} first; copy it again")
     for note in notes:
         say(note)
     if os.path.exists(adapter):
         model = _with_adapter(model, model_path, len(tokenizer))
-    say(f"{os.path.basename(os.path.normpath(model_path))}: {parameters:,} parameters, {dtype} on {model.device}")
-    return Alpaca(model.eval(), tokenizer, model_path)
+    alpaca = Alpaca(model.eval(), tokenizer, model_path)
+    say(f"{alpaca.name}: {model.num_parameters():,} parameters, {str(model.dtype)[6:]} on {model.device}")
+    return alpaca
+
+
+def _load_model(path: str, device: str, dtype: str | None) -> tuple[Any, list[str]]:
+    """Loads the weights; gives the model and the names of the tensors that were not there."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).num_parameters()
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path, dtype=pick_dtype(dtype, device, parameters), device_map={"": device}, output_loading_info=True
+    )
+    return model, sorted(report["missing_keys"])
+
+
+def _context(config: Any) -> int:
+    return getattr(config.get_text_config(), "max_position_embeddings", 2048)
 
 
 def _base_of_adapter(adapter_config: str) -> str:
@@ -179,7 +187,7 @@ class Alpaca:
         # Some models end a turn with another token than the text's end; either ends the answer.
         self.eos_token_ids = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.context = model.config.get_text_config().max_position_embeddings
+        self.context = _context(model.config)
 
     def answer_length(self, max_new_tokens: int) -> int:
         """Bounds the answer so that a prompt of 256 tokens, or half the context if that is less, always fits."""

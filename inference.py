@@ -20,7 +20,7 @@ import sys
 from typing import Any
 
 from generation import Alpaca, load, say
-from utils import UserError, jdump, load_examples, run_cli
+from utils import UserError, atomic_write, jdump, load_examples, run_cli
 
 
 def answer(
@@ -158,9 +158,10 @@ def batch(
         prompts.append(ids)
         if notice:
             say(f"warning: record {number}: {notice}")
-    run = {"model": os.path.abspath(model_path), "settings": settings.to_diff_dict(), "seed": seed}
-    run |= {"batch_size": batch_size, "dtype": str(alpaca.model.dtype)}
+    run = {"model": os.path.abspath(model_path), "dtype": str(alpaca.model.dtype), "settings": settings.to_diff_dict()}
     run["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    if temperature:  # what is sampled depends on the batch; a greedy run may go on with smaller batches
+        run |= {"seed": seed, "batch_size": batch_size}
     journal = f"{output}.partial.jsonl"
     answers = _answer_all(alpaca, prompts, settings, seed, batch_size, journal, run)
     name = generator or alpaca.name
@@ -192,40 +193,49 @@ def _answer_all(
     alpaca: Alpaca, prompts: list[list[int]], settings: Any, seed: int, batch_size: int, journal: str, run: dict
 ) -> list[str]:
     """Answers the prompts batch by batch, of similar lengths and the longest first, each batch kept in the journal."""
+    import torch
     from tqdm import tqdm
 
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    done = _read_journal(journal, run)
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    answers = _read_journal(journal, run)
+    tokens = 0
     with open(journal, "a", encoding="utf-8") as file, tqdm(total=len(prompts), unit="answer", file=sys.stderr) as bar:
-        if not done:
-            file.truncate(0)
-            file.write(json.dumps(run) + "\n")
-        tokens = 0
-        for number, rows in enumerate(batches):
-            if number not in done:
-                ids = alpaca.generate([prompts[row] for row in rows], settings, seed + number)
-                done[number] = [alpaca.decode(row) for row in ids]
-                file.write(json.dumps({"batch": number, "answers": done[number]}) + "\n")
-                file.flush()
-                tokens += sum(len(row) + 1 for row in ids)
-                bar.set_postfix_str(f"{tokens / bar.format_dict['elapsed']:.0f} tokens/s")
+        bar.update(len(answers))
+        for start in range(0, len(order), batch_size):
+            rows = [row for row in order[start : start + batch_size] if row not in answers]
+            if not rows:
+                continue
+            try:
+                ids = alpaca.generate([prompts[row] for row in rows], settings, seed + start)
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"out of memory with {len(rows)} prompts at once; lower --batch_size") from error
+            new = {row: alpaca.decode(answer) for row, answer in zip(rows, ids, strict=True)}
+            answers |= new
+            file.write(json.dumps({"answers": list(new.items())}) + "\n")
+            file.flush()
+            tokens += sum(len(row) + 1 for row in ids)  # with EOS
+            bar.set_postfix_str(f"{tokens / bar.format_dict['elapsed']:.0f} tokens/s")
             bar.update(len(rows))
-    by_row = {row: text for number, rows in enumerate(batches) for row, text in zip(rows, done[number], strict=True)}
-    return [by_row[row] for row in range(len(prompts))]
+    return [answers[row] for row in range(len(prompts))]
 
 
-def _read_journal(journal: str, run: dict) -> dict[int, list[str]]:
-    """Reads the batches that an earlier run has answered; a last line that was cut off in writing doesn't count."""
-    if not os.path.exists(journal):
-        return {}
-    with open(journal, encoding="utf-8") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    if lines and json.loads(lines[0]) != run:
+def _read_journal(journal: str, run: dict) -> dict[int, str]:
+    """Reads what an earlier run of the same kind has answered, or begins a journal.
+
+    A last line that was cut off in writing is dropped.
+    """
+    lines = []
+    if os.path.exists(journal):
+        with open(journal, encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file if line.endswith("\n")]
+    if lines and lines[0] != run:
         raise UserError(f"{journal} was begun with other data or settings; give those again, or delete it")
-    done = [json.loads(line) for line in lines[1:]]
-    say(f"{journal}: going on after {len(done)} batches")
-    return {line["batch"]: line["answers"] for line in done}
+    with atomic_write(journal) as file:
+        file.writelines(json.dumps(line) + "\n" for line in (lines or [run]))
+    answers = {row: text for line in lines[1:] for row, text in line["answers"]}
+    if answers:
+        say(f"{journal}: going on after {len(answers)} answers")
+    return answers
 
 
 def demo(

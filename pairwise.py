@@ -123,14 +123,14 @@ class Journal:
             low, high = wilson_interval(wins, wins + losses)
             share = f"{wins / (wins + losses):.1%} of the {wins + losses} decided pairs won"
             decided = f"{share}, 95 % interval {low:.1%} to {high:.1%} (Wilson)"
-        return f"{counts} ({len(self.waiting)} pairs to go)\n{decided}"
+        return f"{counts} (to go: {len(self.waiting)})\n{decided}"
 
 
 def judge_in_terminal(journal: Journal) -> None:
     """Shows pair after pair and asks for a verdict, until all are judged or the person leaves."""
     while journal.waiting:
         pair = journal.waiting[0]
-        print(f"\n{'=' * 80}\n{len(journal.waiting)} pairs to go\n\nInstruction: {pair.instruction}")
+        print(f"\n{'=' * 80}\nPairs to go: {len(journal.waiting)}\n\nInstruction: {pair.instruction}")
         if pair.input:
             print(f"Input: {pair.input}")
         for number, text in enumerate(pair.shown, start=1):

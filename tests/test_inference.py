@@ -215,11 +215,29 @@ def test_killed_batch_goes_on_to_the_same_result(root, model_path, data_path, tm
         inference.batch(model_path, output=str(output), **{**arguments, "seed": 8})
     capfd.readouterr()
     inference.batch(model_path, output=str(output), **arguments)
-    assert f"going on after {kept.count(chr(10)) - 1} batches" in capfd.readouterr().err
+    assert f"going on after {2 * (kept.count(chr(10)) - 1)} answers" in capfd.readouterr().err
     assert jload(output) == jload(tmp_path / "whole.json")
     assert not journal.exists()
     with pytest.raises(UserError, match="exists"):
         inference.batch(model_path, output=str(output), **arguments)
+
+
+def test_greedy_batch_out_of_memory_goes_on_with_smaller_batches(model_path, data_path, tmp_path, monkeypatch):
+    output = str(tmp_path / "out.json")
+    generate, sizes = generation.Alpaca.generate, []
+
+    def short_of_memory(self, prompts, *args):
+        sizes.append(len(prompts))
+        if len(sizes) == 2:
+            raise torch.OutOfMemoryError
+        return generate(self, prompts, *args)
+
+    monkeypatch.setattr(generation.Alpaca, "generate", short_of_memory)
+    with pytest.raises(UserError, match="out of memory with 8 prompts at once; lower --batch_size"):
+        inference.batch(model_path, data_path, output, batch_size=8, max_new_tokens=5)
+    inference.batch(model_path, data_path, output, batch_size=4, max_new_tokens=5)
+    assert sizes == [8, 8, 4, 4, 4, 4]
+    assert len(jload(output)) == 24
 
 
 def test_self_instruct_tasks_give_one_answer_an_instance(tmp_path):
@@ -367,6 +385,11 @@ def test_lora_adapter_loads_on_its_base_and_changes_the_logits(model_path, tmp_p
         expected, got = tuned.eval()(torch.tensor([[1, 2, 3]])).logits, loaded(torch.tensor([[1, 2, 3]])).logits
     assert torch.equal(expected, got)
     assert not torch.allclose(plain, got, atol=1e-2)
+    # An adapter whose tokenizer has one more token, and the rows for it, than the base.
+    tokenizer = generation.load(model_path).tokenizer
+    tokenizer.add_tokens(["[PAD]"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert generation.load(str(tmp_path / "adapter")).model.get_input_embeddings().num_embeddings == 421
     config = jload(tmp_path / "adapter" / "adapter_config.json")
     jdump({**config, "base_model_name_or_path": "/no/base"}, str(tmp_path / "adapter" / "adapter_config.json"))
     with pytest.raises(UserError, match="names a base model that is not there: /no/base is no folder"):
@@ -482,7 +505,7 @@ def compare(root, outputs, keys, *flags):
 def test_compare_is_blind_resumable_and_counts(root, outputs):
     first = compare(root, outputs, ["1", "x", "t", "q"])
     assert "model-" not in first.split("\nmodel-a")[0]
-    assert "(6 pairs to go)" in first
+    assert "(to go: 6)" in first
     with open(outputs[2], "a") as file:
         file.write('{"half a li')
     second = compare(root, outputs, "1" * 6)
@@ -494,7 +517,7 @@ def test_compare_is_blind_resumable_and_counts(root, outputs):
     assert [line["instruction"] for line in lines] != sorted(line["instruction"] for line in lines)
     wins, losses = (sum(line["better"] == side for line in lines) for side in "ab")
     assert all(line["better"] in ("tie", line["shown_first"]) for line in lines)
-    assert f"model-a against model-b: {wins} wins, 1 ties, {losses} losses (0 pairs to go)" in second
+    assert f"model-a against model-b: {wins} wins, 1 ties, {losses} losses (to go: 0)" in second
     assert compare(root, outputs, []).strip() == second[second.index("model-a against") :].strip()
 
 
@@ -588,12 +611,6 @@ def open_page(browser, url):
     return page
 
 
-def take_screenshot(page, name):
-    """Remakes assets/, for the README: SCREENSHOT_DIR=assets python -m pytest tests/test_inference.py -k browser."""
-    if folder := os.environ.get("SCREENSHOT_DIR"):
-        page.screenshot(path=os.path.join(folder, name))
-
-
 def test_browser_sees_the_answer_stream_and_stop_ends_it(root, model_path, tmp_path, browser):
     expect = pytest.importorskip("playwright.sync_api").expect
     with served(root, tmp_path, "demo", "--model_path", model_path, "--seed", "1") as url:
@@ -627,7 +644,8 @@ def test_browser_sees_the_answer_stream_and_stop_ends_it(root, model_path, tmp_p
         instruction.fill("Name the three primary colors.")
         page.locator("#ask").click()
         expect(answer).to_have_value("Red, blue and yellow.")
-        take_screenshot(page, "demo.png")
+        if folder := os.environ.get("SCREENSHOT_DIR"):  # SCREENSHOT_DIR=assets remakes the README's
+            page.screenshot(path=os.path.join(folder, "demo.png"))
         assert {requested.split("/")[2] for requested in page.requests if requested[:4] == "http"} == {
             url.split("/")[2]
         }
@@ -641,9 +659,8 @@ def test_browser_judges_pairs_into_the_journal_of_the_terminal(root, outputs, tm
     with served(root, tmp_path, "compare", "--a", a, "--b", b, "--output", judged, "--page") as url:
         page = open_page(browser, url)
         for to_go in range(7, 0, -1):
-            expect(page.locator("#progress")).to_have_text(f"{to_go} pairs to go")
+            expect(page.locator("#progress")).to_have_text(f"Pairs to go: {to_go}")
             assert "model-" not in page.locator("body").inner_text()
-            take_screenshot(page, "compare.png")
             page.get_by_role("button", name="Answer 2 is better").click()
         expect(page.locator("#progress")).to_contain_text("1 ties")
         expect(page.get_by_role("button", name="Tie")).to_be_hidden()
@@ -652,4 +669,4 @@ def test_browser_judges_pairs_into_the_journal_of_the_terminal(root, outputs, tm
         lines = [json.loads(line) for line in file]
     assert len(lines) == 8
     assert all(line["better"] != line["shown_first"] for line in lines)
-    assert "(0 pairs to go)" in (tmp_path / "log").read_text()
+    assert "(to go: 0)" in (tmp_path / "log").read_text()
