@@ -1,6 +1,6 @@
 """Measures tokens/s of `inference.py batch`: 16 prompts at once beside one at a time, in one run.
 
-    python benchmarks/inference.py
+    python benchmarks/inference.py measure
 
 The model is a LLaMA with random weights, so nothing is downloaded; the prompts are the seed tasks. Its answers are
 first all of the same length, then of random lengths (an EOS of fixed probability at each token), as real ones are: a
@@ -18,12 +18,10 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import torch  # noqa: E402
-
 import generation  # noqa: E402
 import inference  # noqa: E402
 import tiny_model  # noqa: E402
-from utils import jdump, jload  # noqa: E402
+from utils import jdump, jload, run_cli  # noqa: E402
 
 PROMPTS = 48
 BATCH_SIZE = 16
@@ -32,7 +30,7 @@ SIZE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8}
 SIZE |= {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 32000}
 
 
-def main() -> None:
+def measure() -> None:
     """Measures, prints and writes the result."""
     with tempfile.TemporaryDirectory() as folder:
         tasks = inference.load_instances(os.path.join(ROOT, "seed_tasks.jsonl"))[:PROMPTS]
@@ -84,15 +82,17 @@ def timed(alpaca: generation.Alpaca, prompts: list[list[int]], settings: object,
     return sum(map(len, answers)) / (time.perf_counter() - start), answers
 
 
-@torch.no_grad()
 def logit_difference(alpaca: generation.Alpaca, prompts: list[list[int]]) -> float:
     """Gives the largest difference between a prompt's next-token logits alone and in a left-padded batch."""
+    import torch
+
     width = max(map(len, prompts))
     ids = torch.tensor([[alpaca.pad_token_id] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    batched = alpaca.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
-    alone = torch.cat([alpaca.model(input_ids=torch.tensor([p])).logits[:, -1] for p in prompts])
+    with torch.inference_mode():
+        batched = alpaca.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+        alone = torch.cat([alpaca.model(input_ids=torch.tensor([p])).logits[:, -1] for p in prompts])
     return (batched - alone).abs().max().item()
 
 
@@ -108,4 +108,4 @@ def environment() -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli({"measure": measure})
