@@ -577,6 +577,7 @@ def browser():
     if not os.path.exists(CHROMIUM):
         pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium")
     sync_api = pytest.importorskip("playwright.sync_api")
+    sync_api.expect.set_options(timeout=60_000)  # a busy machine is no failure
     with sync_api.sync_playwright() as playwright:
         flags = [*CHROMIUM_FLAGS.split(), "--disable-sync", "--no-first-run"]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
