@@ -5,26 +5,62 @@
     python weight_diff.py verify --path DIFF
     python weight_diff.py info --path_diff DIFF
 
-No model is instantiated: tensors are streamed (see tensor_stream.py) in less than 100 MB whatever the model's size.
+No model is instantiated: tensors are streamed (tensor_stream.py) in less than 100 MB whatever the model's size.
+
+A diff is tuned - raw in the tuned model's types and files, and beside it `corrections.safetensors`, the elements that
+raw + diff doesn't give back to the bit, and `weight_diff.json`, the sha256 of every tensor of raw, diff and tuned.
 """
 
-import fcntl
-import hashlib
 import json
 import os
-import shutil
-import sys
+import re
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from utils import UserError, jload, run_cli
+from checkpoint_files import DTYPES, Checkpoint, Output, Tensor, plan_output, read_checkpoint
+from diff_manifest import (
+    CORRECTIONS,
+    INDEX,
+    MARK,
+    copy_small_files,
+    differing_files,
+    differing_probes,
+    fingerprint,
+    index_text,
+    is_tied,
+    probe,
+    read_config,
+    read_manifest,
+    read_text,
+    write_manifest,
+    write_text,
+)
+from partial_folder import SUFFIX, PartialFolder, run_with_bar
+from tensor_stream import (
+    Base,
+    CorrectionReader,
+    CorrectionSpool,
+    CorrectionWriter,
+    Progress,
+    Sink,
+    Source,
+    add,
+    copy_tensor,
+    mean_row,
+    projection,
+    read_corrections,
+    sha256_of,
+    subtract,
+)
+from utils import UserError, format_prompt, run_cli
 
-MANIFEST = "weight_diff.json"
-CORRECTIONS = "corrections.safetensors"
-MARK = "alpaca_weight_diff"  # in a diff's config.json: this is no model
-# What a folder needs beside its weights: config, generation config, tokenizer, chat template.
-SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-NOT_COPIED = (MANIFEST, "trainer_state.json", "config.json")
+LM_HEAD = "lm_head.weight"
+# The sum of all elements of tatsu-lab's alpaca-7b that the original's `recover` asks for, and the part of it that comes
+# from the rotary buffers, which checkpoints held then: 32 layers of sum(10000 ** (-i / 64) for i in range(64)).
+ALPACA_7B_SUM = 50637.1836
+ROTARY_7B_SUM = 238.72
+_LLAMA = {(4096, 32): "7B", (5120, 40): "13B", (6656, 60): "30B", (8192, 80): "65B"}
 
 
 def make_diff(
@@ -36,74 +72,79 @@ def make_diff(
         path_raw: folder of the base model in Hugging Face format.
         path_tuned: folder of the tuned model.
         path_diff: folder to write.
-        device: accepted for the original's sake; the work is done by the CPU at the speed of the disk.
+        device: accepted as in the original; the disk sets the pace.
         overwrite: replace `path_diff` where it exists.
         resume: go on where an interrupted run of the same command stopped.
-    """
-    import tensor_stream as ts
 
-    raw, tuned = ts.read_checkpoint(path_raw), ts.read_checkpoint(path_tuned)
-    _refuse_diff(path_raw, "--path_raw")
-    _refuse_diff(path_tuned, "--path_tuned")
-    pairs = _match(raw, tuned, "the tuned model")
+    Raises:
+        UserError: the two don't belong together, a file is damaged, the target exists or the disk is too small.
+    """
+    work = PartialFolder(path_diff, [path_raw, path_tuned], overwrite, resume)
+    raw, tuned = _read_model(path_raw, "--path_raw"), _read_model(path_tuned, "--path_tuned")
+    pairs = _match(raw, tuned)
     specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tuned.tensors.items()}
-    with _Workspace(path_diff, [path_raw, path_tuned], overwrite, resume) as work:
-        output = ts.plan_output(work.folder, specs, tuned.layout(), tuned.metadata)
-        done = work.begin(output, {"command": "make_diff", "raw": _identity(raw), "tuned": _identity(tuned)})
-        spool = ts.CorrectionSpool(os.path.join(work.folder, "corrections.spool"))
+    layout, copies = tuned.layout(), _copies(tuned)
+    for copy, name in copies.items():
+        specs[copy] = specs[name]
+        for names in layout.values():
+            names += [copy] if name in names else []
+    with work:
+        output = plan_output(work.folder, specs, layout, tuned.metadata, SUFFIX)
+        done = work.begin(output, {"make_diff": [raw.identity(), tuned.identity()]})
+        spool = CorrectionSpool(os.path.join(work.folder, "corrections.spool"))
         means = _mean_rows(pairs)
 
-        def subtract(name: str) -> None:
+        def job(name: str) -> None:
             base, other = pairs[name]
-            corrections = ts.CorrectionWriter(spool, other)
-            with ts.Source(base) as r, ts.Source(other) as t, ts.Sink(output.tensors[name]) as d:
-                side = ts.Base(r, means.get(name))
-                ts.subtract(side, t, d, corrections, work.progress)
-                record = {
+            corrections = CorrectionWriter(spool)
+            with Source(base) as r, Source(other) as t, Sink(output.tensors[name]) as d:
+                subtract(Base(r, means.get(name)), t, d, corrections, work.progress)
+                entry = {
                     "shape": other.shape,
-                    "raw": {"dtype": base.dtype, "shape": base.shape, "sha256": side.hexdigest()},
+                    "raw": {"dtype": base.dtype, "shape": base.shape, "sha256": r.sha256.hexdigest()},
                     "diff": {"dtype": other.dtype, "sha256": d.sha256.hexdigest()},
                     "tuned": {"dtype": other.dtype, "sha256": t.sha256.hexdigest()},
                     "corrections": sum(count for _, count in corrections.chunks),
                 }
-            work.finish(name, {"record": record, "chunks": corrections.chunks, "written": d.sha256.hexdigest()})
+            entry["raw"]["probe"] = probe(base, base.dtype)
+            work.finish(name, {"entry": entry, "chunks": corrections.chunks})
 
-        work.run("make_diff", {n: b.nbytes + t.nbytes for n, (b, t) in pairs.items()}, subtract)
-        entries = {name: done[name]["record"] for name in pairs}
-        chunks = {name: done[name]["chunks"] for name in pairs if done[name]["chunks"]}
-        ts.write_corrections(os.path.join(work.folder, CORRECTIONS), spool, chunks, tuned.tensors)
-        spool.close()
-        os.unlink(os.path.join(work.folder, "corrections.spool"))
-        for name, (base, _) in pairs.items():
-            entries[name]["raw"]["probe"] = _probe(base, base.dtype)
-        _copy_small_files(path_tuned, work.folder)
-        config = _config(path_tuned)
-        _write_json(os.path.join(work.folder, "config.json"), {**config, "architectures": [], MARK: True})
-        carried = {"config.json": _read_text(os.path.join(path_tuned, "config.json"))}
-        index = os.path.join(path_tuned, "model.safetensors.index.json")
-        if len(output.headers) > 1:
-            same = {os.path.basename(p) for p in output.headers} == set(tuned.metadata) and os.path.exists(index)
-            text = _read_text(index) if same else _index_text(output)
-            carried["model.safetensors.index.json"] = text
-            _write_text(os.path.join(work.folder, "model.safetensors.index.json"), text)
-        manifest = {
-            "kind": "diff",
-            "format_version": 1,
-            "versions": _versions(),
-            "base": {"fingerprint": _fingerprint({n: e["raw"] for n, e in entries.items()}), **_describe(path_raw)},
-            "layout": [
-                {"file": os.path.basename(p), "metadata": tuned.metadata.get(os.path.basename(p), {"format": "pt"})}
-                for p in output.headers
-            ],
-            "carried": carried,
-            "tensors": {
-                name: {"file": os.path.basename(output.tensors[name].path), **entry} for name, entry in entries.items()
-            },
-        }
-        work.publish(manifest)
+        work.run("make_diff", _sizes(pairs), job)
+        for copy, name in copies.items():
+            copy_tensor(output.tensors[name], output.tensors[copy])
+        chunks = {name: done[name]["chunks"] for name in sorted(pairs) if done[name]["chunks"]}
+        spool.gather(os.path.join(work.folder, CORRECTIONS), chunks, tuned.tensors)
+        entries = {name: done[name]["entry"] for name in pairs}
+        _finish_diff(raw, tuned, output, entries, copies)
+        work.publish()
     count = sum(entry["corrections"] for entry in entries.values())
-    total = sum(tensor.numel for tensor in tuned.tensors.values())
-    print(f"{path_diff}: the diff of {len(entries)} tensors, exact with {count:,} corrections ({count / total:.2%})")
+    total = sum(other.numel for _, other in pairs.values())
+    print(f"{path_diff}: {len(pairs)} tensors, exact with {count:,} corrections ({count / total:.2%} of the elements)")
+
+
+def _finish_diff(
+    raw: Checkpoint, tuned: Checkpoint, output: Output, entries: dict[str, dict], copies: dict[str, str]
+) -> None:
+    """Writes all but the weights; what the diff's own config and index cannot repeat of the tuned model's is carried."""
+    folder = os.path.dirname(next(iter(output.headers)))
+    carried = {"config.json": read_text(os.path.join(tuned.folder, "config.json"))}
+    index = os.path.join(tuned.folder, INDEX)
+    if os.path.exists(index) and tuned.metadata:
+        carried[INDEX] = read_text(index)
+    copy_small_files(tuned.folder, folder)
+    _write_index(output, {} if copies else carried)
+    config = {**read_config(tuned.folder), "architectures": [], MARK: True}
+    if copies:
+        config["tie_word_embeddings"] = False
+    manifest = {
+        "kind": "diff",
+        "base": {"fingerprint": fingerprint({n: e["raw"] for n, e in entries.items()}), "is": _looks_like(raw)},
+        "carried": carried,
+        "copies": copies,
+        "tensors": entries,
+    }
+    write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_manifest(folder, manifest, output)
 
 
 def recover(
@@ -117,318 +158,366 @@ def recover(
     overwrite: bool = False,
     resume: bool = False,
 ) -> "Recovered":
-    """Adds a diff to its base.
+    """Adds a diff to its base, and verifies both and the sum where the diff has a manifest.
 
     Args:
         path_raw: folder of the base model in Hugging Face format.
         path_diff: folder of the diff.
-        path_tuned: folder to write the tuned model to.
+        path_tuned: folder to write the tuned model to; without it the model is only tested, or returned to Python.
         device: where the test inference runs.
         test_inference: answer one instruction with the recovered model, if it fits in memory.
-        check_integrity_naively: for a diff without a manifest, sum all weights and compare with tatsu-lab's figure.
-        dtype: float32, float16 or bfloat16; the diff's own where not given.
+        check_integrity_naively: for a diff without a manifest, sum all elements and compare with alpaca-7b's figure.
+        dtype: float32, float16 or bfloat16; the diff's own when None.
         overwrite: replace `path_tuned` where it exists.
         resume: go on where an interrupted run of the same command stopped.
 
     Returns:
-        The folder; unpacked, `model, tokenizer = recover(...)`, the loaded model and its tokenizer.
+        The folder. Unpacked, `model, tokenizer = recover(...)`, it is the loaded model and its tokenizer.
+
+    Raises:
+        UserError: the two don't belong together, a file is damaged, the target exists or the disk is too small.
     """
-    import tensor_stream as ts
-
-    raw, diff = ts.read_checkpoint(path_raw), ts.read_checkpoint(path_diff)
-    _refuse_diff(path_raw, "--path_raw")
-    manifest = _read_manifest(path_diff)
-    entries = manifest["tensors"] if manifest else {}
-    pairs = _match(raw, diff, "the diff")
+    if path_tuned is None:
+        with tempfile.TemporaryDirectory(prefix="recovered_") as folder:
+            target = os.path.join(folder, "model")
+            recovered = recover(path_raw, path_diff, target, device, False, check_integrity_naively, dtype)
+            recovered.load()
+        if test_inference:
+            recovered.answer()
+        return recovered
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype must be {', '.join(DTYPES)}, found {dtype!r}")
+    work = PartialFolder(path_tuned, [path_raw, path_diff], overwrite, resume)
+    raw, diff, manifest = _read_model(path_raw, "--path_raw"), *_read_diff(path_diff)
+    pairs = _match(raw, diff)
     if manifest:
-        _check_files(path_diff, manifest)
-        _check_base(pairs, entries)
-    out_dtype = {None: None, "float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(dtype, "?")
-    if out_dtype == "?":
-        raise UserError(f"--dtype must be float32, float16 or bfloat16, found {dtype!r}")
-    specs = {name: (out_dtype or tensor.dtype, tensor.shape) for name, tensor in diff.tensors.items()}
-    corrections = ts.Corrections(os.path.join(path_diff, CORRECTIONS) if manifest else None)
-    with _Workspace(path_tuned, [path_raw, path_diff], overwrite, resume) as work:
-        output = ts.plan_output(work.folder, specs, diff.layout(), diff.metadata)
-        done = work.begin(
-            output, {"command": "recover", "raw": _identity(raw), "diff": _identity(diff), "dtype": out_dtype}
-        )
-        means = _mean_rows(pairs)
+        _check_base(raw, pairs, manifest)
+    else:
+        print(f"{path_diff} has no manifest: what is recovered is raw + diff in float32, and cannot be verified")
+    specs = {name: (DTYPES[dtype] if dtype else tensor.dtype, tensor.shape) for name, tensor in diff.tensors.items()}
+    with work:
+        output = plan_output(work.folder, specs, diff.layout(), diff.metadata, SUFFIX)
+        done = work.begin(output, {"recover": [raw.identity(), diff.identity(), dtype, manifest]})
+        job = _Addition(raw, diff, manifest, pairs, output, work)
+        work.run("recover", _sizes(pairs), job)
+        entries = {name: done[name]["entry"] for name in pairs}
+        _finish_model(path_diff, manifest, dtype, output, entries)
+        work.publish()
+    print(f"{path_tuned}: {len(pairs)} tensors recovered" + (", each one verified" if manifest else ""))
+    if not manifest and check_integrity_naively:
+        print(_naive_integrity(sum(done[name]["total"] for name in pairs), diff))
+    recovered = Recovered(path_tuned, device)
+    if test_inference:
+        recovered.answer()
+    return recovered
 
-        def add(name: str) -> None:
-            base, other = pairs[name]
-            entry = entries.get(name)
-            target = output.tensors[name]
-            tuned_dtype = entry["tuned"]["dtype"] if entry else target.dtype
-            with ts.Source(base) as r, ts.Source(other) as d, ts.Sink(target) as t:
-                side = ts.Base(r, means.get(name), entry["raw"]["dtype"] if entry else None)
-                tuned = ts.add(side, d, tuned_dtype, t, target.dtype, corrections.of(name), work.progress)
-                found = {"raw": side.hexdigest(), "diff": d.sha256.hexdigest(), "tuned": tuned}
-                where = {"raw": path_raw, "diff": path_diff, "tuned": "the sum of raw and diff"}
-                for role in found if entry else ():
-                    if found[role] != entry[role]["sha256"]:
-                        raise UserError(f"{where[role]}: {name} is not what the manifest of {path_diff} says (sha256)")
-                record = {
-                    "shape": target.shape,
-                    "raw": {"dtype": base.dtype, "shape": base.shape, "sha256": found["raw"]},
-                    "diff": {"dtype": other.dtype, "sha256": found["diff"]},
-                    "tuned": {"dtype": target.dtype, "sha256": t.sha256.hexdigest()},
-                }
-            work.finish(name, {"record": record, "written": t.sha256.hexdigest()})
 
-        work.run("recover", {n: b.nbytes + d.nbytes for n, (b, d) in pairs.items()}, add)
-        _copy_small_files(path_diff, work.folder)
-        carried = manifest["carried"] if manifest else {}
-        if manifest:
-            _write_text(os.path.join(work.folder, "config.json"), carried["config.json"])
-        else:
-            shutil.copyfile(os.path.join(path_diff, "config.json"), os.path.join(work.folder, "config.json"))
-        if len(output.headers) > 1:
-            text = carried.get("model.safetensors.index.json") or _index_text(output)
-            _write_text(os.path.join(work.folder, "model.safetensors.index.json"), text)
-        work.publish(
-            {
-                "kind": "recovered",
-                "format_version": 1,
-                "versions": _versions(),
-                "tensors": {name: done[name]["record"] for name in pairs},
-            }
-        )
-    corrections.close()
-    print(f"{path_tuned}: {len(pairs)} tensors recovered" + (", each verified" if manifest else ""))
-    return Recovered(path_tuned, device)
+class _Addition:
+    """Recovers and verifies one tensor at a time; called by several threads."""
+
+    def __init__(
+        self,
+        raw: Checkpoint,
+        diff: Checkpoint,
+        manifest: dict[str, Any] | None,
+        pairs: dict[str, tuple[Tensor, Tensor]],
+        output: Output,
+        work: PartialFolder,
+    ):
+        self._pairs, self._output, self._work = pairs, output, work
+        self._entries = manifest["tensors"] if manifest else {}
+        self._corrections = read_corrections(os.path.join(diff.folder, CORRECTIONS)) if manifest else None
+        self._means = _mean_rows(pairs)
+        # The original subtracts a tied embedding's base twice, once under each name, and adds it twice.
+        embedding = _embedding(diff)
+        twice = not manifest and is_tied(read_config(diff.folder)) and projection(*reversed(pairs[embedding])) < -0.5
+        self._twice = embedding if twice else None
+
+    def __call__(self, name: str) -> None:
+        base, diff = self._pairs[name]
+        target = self._output.tensors[name]
+        entry = self._entries.get(name)
+        dtypes = (entry["tuned"]["dtype"] if entry else target.dtype, target.dtype)
+        corrections = CorrectionReader(self._corrections, name)
+        with Source(base) as r, Source(diff) as d, Sink(target) as t:
+            side = Base(r, self._means.get(name), entry["raw"]["dtype"] if entry else None)
+            times = 2 if name == self._twice else 1
+            tuned, total = add(side, d, t, corrections, dtypes, self._work.progress, times)
+        if entry:
+            _expect(side.hexdigest(), entry["raw"], base, "it is damaged, or of another base")
+            _expect(d.sha256.hexdigest(), entry["diff"], diff, "it is damaged; download it again")
+            _expect(tuned, entry["tuned"], target, "their sum differs though raw and diff are right: check the memory")
+        found = {"shape": target.shape, "tuned": {"dtype": target.dtype, "sha256": t.sha256.hexdigest()}}
+        self._work.finish(name, {"entry": found, "total": total})
+
+
+def _expect(found: str, entry: dict, tensor: Tensor, otherwise: str) -> None:
+    if found != entry["sha256"]:
+        raise UserError(f"{tensor.name} in {tensor.path} is not what the diff's manifest says (sha256): {otherwise}")
+
+
+def _finish_model(
+    path_diff: str, manifest: dict[str, Any] | None, dtype: str | None, output: Output, entries: dict[str, dict]
+) -> None:
+    """Writes all but the weights."""
+    folder = os.path.dirname(next(iter(output.headers)))
+    carried = manifest["carried"] if manifest else {"config.json": read_text(os.path.join(path_diff, "config.json"))}
+    copy_small_files(path_diff, folder)
+    _write_index(output, carried if dtype is None else {})
+    config, text = json.loads(carried["config.json"]), carried["config.json"]
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if dtype and config.get(key) != dtype:
+        text = json.dumps({**config, key: dtype}, indent=2, ensure_ascii=False) + "\n"
+    write_text(os.path.join(folder, "config.json"), text)
+    write_manifest(folder, {"kind": "recovered", "tensors": entries}, output)
+
+
+def _write_index(output: Output, carried: dict[str, str]) -> None:
+    """Writes a sharded checkpoint's index: the carried one, byte for byte, if it is about the same files."""
+    files = {os.path.basename(path).removesuffix(SUFFIX) for path in output.headers}
+    if files == {"model.safetensors"}:
+        return
+    same = INDEX in carried and set(json.loads(carried[INDEX])["weight_map"].values()) == files
+    folder = os.path.dirname(next(iter(output.headers)))
+    write_text(os.path.join(folder, INDEX), carried[INDEX] if same else index_text(output))
 
 
 class Recovered:
     """A recovered model's folder. Unpacked, it is the loaded model and its tokenizer."""
 
     def __init__(self, path: str, device: str):
-        self.path, self.device = path, device
+        self.path = path
+        self._device = device
+        self._loaded: tuple[Any, Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        return iter(self.load())
 
-        yield AutoModelForCausalLM.from_pretrained(self.path).to(self.device)
-        yield AutoTokenizer.from_pretrained(self.path)
+    def load(self) -> tuple[Any, Any]:
+        """Loads model and tokenizer, once."""
+        if self._loaded is None:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            model = AutoModelForCausalLM.from_pretrained(self.path, dtype="auto").to(self._device)
+            self._loaded = model, AutoTokenizer.from_pretrained(self.path)
+        return self._loaded
+
+    def answer(self) -> None:
+        """Answers one instruction, if the model fits in memory."""
+        if self._loaded is None:
+            size, free = sum(os.path.getsize(entry) for entry in os.scandir(self.path)), _free_memory()
+            if size * 1.2 > free:
+                print(f"no test inference: the model takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free")
+                return
+        model, tokenizer = self.load()
+        prompt = format_prompt({"instruction": "List three technologies that make life easier."})
+        inputs = tokenizer(prompt, return_tensors="pt").to(self._device)
+        tokens = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
+        print(f"Input: {prompt}\nCompletion: {tokenizer.decode(tokens, skip_special_tokens=True)}")
+
+
+def _free_memory() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return int(re.search(r"MemAvailable:\s+(\d+)", file.read())[1]) * 1024
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _naive_integrity(total: float, diff: Checkpoint) -> str:
+    """What the sum of all elements says; it is blind to anything that is moved rather than changed."""
+    text = f"sum of all recovered elements, in float64: {total:.4f}"
+    embedding = diff.tensors[_embedding(diff)]
+    if embedding.shape != (32001, 4096) or _size(diff) != (4096, 32):
+        return text
+    for found, how in ((total + ROTARY_7B_SUM, "with the rotary buffers of old checkpoints"), (total, "as it is")):
+        if abs(found - ALPACA_7B_SUM) < 0.1:
+            return f"{text}; {how} that is the {ALPACA_7B_SUM} published for tatsu-lab's alpaca-7b"
+    return (
+        f"{text}; tatsu-lab's alpaca-7b has {ALPACA_7B_SUM}, or {ALPACA_7B_SUM - ROTARY_7B_SUM:.4f} without rotary "
+        "buffers: if that is what you recovered, a file is damaged or the base is another one"
+    )
+
+
+def verify(path: str, path_diff: str | None = None) -> None:
+    """Checks every byte of a folder's tensors against a manifest.
+
+    Args:
+        path: a diff or a recovered model with a manifest of its own, or any folder that `path_diff` tells of.
+        path_diff: a diff whose manifest says what its base, or the tuned model, at `path` must be.
+
+    Raises:
+        UserError: names all that differs.
+    """
+    manifest = read_manifest(path_diff or path)
+    if not manifest:
+        raise UserError(
+            f"{path_diff or path} has no manifest (weight_diff.json); --path_diff names a diff that has one"
+        )
+    tensors, entries = read_checkpoint(path).tensors, dict(manifest["tensors"])
+    role = "diff" if read_config(path).get(MARK) else "tuned"
+    wrong = differing_files(path, manifest) if path_diff is None else []
+    if role == "diff":
+        entries |= {copy: entries[name] for copy, name in manifest["copies"].items()}
+    elif path_diff and all(n in tensors and list(tensors[n].shape) == e["raw"]["shape"] for n, e in entries.items()):
+        probes = differing_probes({name: tensors[name] for name in entries}, manifest)
+        role = "raw" if len(probes) < len(entries) / 2 else "tuned"
+    wrong += sorted(entries.keys() - tensors.keys())
+    progress = Progress()
+
+    def job(name: str) -> None:
+        if sha256_of(tensors[name], entries[name][role]["dtype"], progress) != entries[name][role]["sha256"]:
+            wrong.append(name)
+
+    run_with_bar("verify", {name: tensors[name].nbytes for name in entries if name in tensors}, job, progress)
+    if wrong:
+        listed = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+        raise UserError(
+            f"{path}: {len(wrong)} of {len(entries)} tensors and files are not as the manifest says: {listed}"
+        )
+    what = {"raw": "the base of the diff", "diff": "the diff", "tuned": "the tuned model"}[role]
+    print(f"{path}: {what}, {len(entries)} tensors, each as the manifest says")
+
+
+def info(path_diff: str) -> None:
+    """Prints what a diff holds, for which base, and how many rows it adds.
+
+    Args:
+        path_diff: folder of the diff.
+    """
+    diff, manifest = read_checkpoint(path_diff), read_manifest(path_diff)
+    size, dtypes = sum(t.nbytes for t in diff.tensors.values()), sorted({t.dtype for t in diff.tensors.values()})
+    types = ", ".join(name for name, kind in DTYPES.items() if kind in dtypes)
+    print(f"holds: {len(diff.tensors)} tensors, {size / 1e9:.3f} GB in {types}; {_looks_like(diff)}")
+    if not manifest or manifest["kind"] != "diff":
+        rows = diff.tensors[_embedding(diff)].shape[0]
+        print(f"no manifest: made by another tool; base, corrections and hashes are unknown, it has {rows:,} rows")
+        return
+    entries = manifest["tensors"]
+    print(f"base: {manifest['base']['is']}, fingerprint {manifest['base']['fingerprint']}")
+    grown = [
+        (name, e["shape"][0] - e["raw"]["shape"][0]) for name, e in entries.items() if e["shape"] != e["raw"]["shape"]
+    ]
+    print("adds: " + (", ".join(f"{count} row(s) to {name}" for name, count in grown) or "no rows"))
+    count = sum(entry["corrections"] for entry in entries.values())
+    print(f"corrections: {count:,} elements, {os.path.getsize(os.path.join(path_diff, CORRECTIONS)) / 1e6:.1f} MB")
+    print(f"made with: {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What belongs together
 
 
-def _match(raw, other, what: str) -> dict:
-    """Pairs each tensor of the tuned model or the diff with the base's."""
-    pairs = {}
-    for name, tensor in other.tensors.items():
-        if name not in raw.tensors:
-            raise UserError(f"{raw.folder} has no tensor {name}, {what} has; is this the right base?")
-        base = raw.tensors[name]
-        grows = (
-            name.endswith(("embed_tokens.weight", "lm_head.weight"))
-            and base.shape[1:] == tensor.shape[1:]
-            and base.shape[0] < tensor.shape[0]
-        )
-        if base.shape != tensor.shape and not grows:
-            raise UserError(f"{name} is {list(base.shape)} in {raw.folder} and {list(tensor.shape)} in {what}")
-        pairs[name] = (base, tensor)
-    for name in raw.tensors:
-        if name not in other.tensors:
-            raise UserError(f"{other.folder} lacks the tensor {name}, which {raw.folder} has")
-    return pairs
+def _read_model(path: str, flag: str) -> Checkpoint:
+    """A model's tensors; a tied output embedding is left out, whether or not it was saved."""
+    if os.path.isdir(path) and read_config(path).get(MARK):
+        raise UserError(f"{flag} {path} is a weight diff; expected a model (recover makes one of it)")
+    found = read_checkpoint(path)
+    if is_tied(read_config(path)):
+        found.tensors.pop(LM_HEAD, None)
+    return found
 
 
-def _mean_rows(pairs: dict) -> dict:
-    import tensor_stream as ts
-
-    return {name: ts.mean_row(base) for name, (base, other) in pairs.items() if base.shape != other.shape}
-
-
-def _probe(tensor, dtype: str) -> str:
-    """A hash of a few spots of a tensor, to tell a wrong base before gigabytes are read."""
-    import numpy as np
-
-    import tensor_stream as ts
-
-    sha256 = hashlib.sha256()
-    with ts.Source(tensor) as source:
-        for spot in range(8):
-            start = max(0, tensor.numel - 256) * spot // 7
-            stored = source.read(start, min(tensor.numel, start + 256))
-            if dtype != tensor.dtype:
-                values = np.empty(len(stored), np.float32)
-                ts.to_float32(stored, tensor.dtype, values)
-                stored = np.empty(len(values), ts.STORED[dtype])
-                ts.from_float32(values, dtype, stored, np.empty(len(values), np.uint32))
-            sha256.update(stored.tobytes())
-    return sha256.hexdigest()
-
-
-def _check_base(pairs: dict, entries: dict) -> None:
-    wrong = [
-        n for n, (base, _) in pairs.items() if _probe(base, entries[n]["raw"]["dtype"]) != entries[n]["raw"]["probe"]
-    ]
+def _read_diff(path: str) -> tuple[Checkpoint, dict[str, Any] | None]:
+    """A diff's tensors and its manifest, with all that isn't a tensor verified."""
+    found, manifest = read_checkpoint(path), read_manifest(path)
+    if manifest is None:
+        if is_tied(read_config(path)):
+            found.tensors.pop(LM_HEAD, None)
+        return found, None
+    if manifest["kind"] != "diff":
+        raise UserError(f"--path_diff {path} is a recovered model, not a diff")
+    wrong = differing_files(path, manifest)
+    for copy, name in manifest["copies"].items():
+        entry, tensor = manifest["tensors"][name]["diff"], found.tensors.pop(copy, None)
+        if tensor is None or sha256_of(tensor, entry["dtype"], Progress()) != entry["sha256"]:
+            wrong.append(copy)
+    wrong += sorted(manifest["tensors"].keys() ^ found.tensors.keys())
     if wrong:
-        raise UserError(
-            f"this is not the base that the diff was made with: {len(wrong)} of {len(pairs)} tensors differ, "
-            f"{wrong[0]} for one; find the base that `info` describes"
-        )
+        raise UserError(f"{path}: {', '.join(wrong[:5])} not as the manifest says; download the diff again")
+    return found, manifest
 
 
-def _fingerprint(raw: dict) -> str:
-    text = "".join(f"{name} {entry['shape']} {entry['sha256']}\n" for name, entry in sorted(raw.items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+def _match(raw: Checkpoint, other: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pairs the base's tensors with those of a tuned model or a diff, by name and shape.
 
-
-def _refuse_diff(path: str, flag: str) -> None:
-    if _config(path).get(MARK):
-        raise UserError(f"{flag} {path} is a weight diff, not a model")
-
-
-def _identity(checkpoint) -> list:
-    paths = sorted({tensor.path for tensor in checkpoint.tensors.values()})
-    return [[os.path.realpath(p), os.path.getsize(p), os.stat(p).st_mtime_ns] for p in paths]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Small files
-
-
-def _config(folder: str) -> dict:
-    path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        raise UserError(f"{folder} has no config.json; expected a model's folder in Hugging Face format")
-    return jload(path)
-
-
-def _describe(path: str) -> dict:
-    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-    return {key: value for key, value in _config(path).items() if key in keys}
-
-
-def _copy_small_files(source: str, target: str) -> None:
-    for name in sorted(os.listdir(source)):
-        if name.endswith(SMALL_FILES) and name not in NOT_COPIED and not name.endswith(".index.json"):
-            shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
-
-
-def _read_text(path: str) -> str:
-    with open(path, encoding="utf-8", newline="") as file:
-        return file.read()
-
-
-def _write_text(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-
-
-def _write_json(path: str, obj: Any) -> None:
-    _write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
-
-
-def _index_text(output) -> str:
-    total = sum(tensor.nbytes for tensor in output.tensors.values())
-    names = {name: os.path.basename(tensor.path) for name, tensor in sorted(output.tensors.items())}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=2) + "\n"
-
-
-def _versions() -> dict:
-    import numpy
-
-    return {"python": sys.version.split()[0], "numpy": numpy.__version__}
-
-
-def _read_manifest(folder: str) -> dict | None:
-    path = os.path.join(folder, MANIFEST)
-    if not os.path.exists(path):
-        return None
-    manifest = jload(path)
-    given = manifest.pop("manifest_sha256", None)
-    if given != _manifest_hash(manifest):
-        raise UserError(f"{path} is damaged: its own sha256 doesn't match; download it again")
-    return manifest
-
-
-def _manifest_hash(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _file_sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_files(folder: str, manifest: dict) -> None:
-    for name, expected in manifest["files"].items():
-        path = os.path.join(folder, name)
-        if not os.path.exists(path):
-            raise UserError(f"{path} is missing, though the manifest lists it; download it again")
-        if _file_sha256(path) != expected:
-            raise UserError(f"{path} is not what the manifest says (sha256); download it again")
-
-
-class _Workspace:
-    """A folder beside the target in which the output grows, and which becomes the target when all is verified.
-
-    A journal names each tensor that is done, with its hash, so that an interrupted run can go on.
+    Returns:
+        Tensor name -> (base's, other's); only embeddings may have more rows than the base's.
     """
+    bases = dict(raw.tensors)
+    if LM_HEAD in other.tensors and LM_HEAD not in bases and is_tied(read_config(raw.folder)):
+        bases[LM_HEAD] = bases[_embedding(raw)]
+    if LM_HEAD not in other.tensors and is_tied(read_config(other.folder)):
+        bases.pop(LM_HEAD, None)
+    problems = []
+    for name, tensor in other.tensors.items():
+        shape = bases[name].shape if name in bases else tensor.shape
+        grows = name.endswith(("embed_tokens.weight", LM_HEAD)) and shape[1:] == tensor.shape[1:]
+        if shape != tensor.shape and not (grows and shape[0] < tensor.shape[0]):
+            problems.append(f"{name} is {list(shape)} in {raw.folder} and {list(tensor.shape)} in {other.folder}")
+        if tensor.numel >= 1 << 32:
+            problems.append(f"{name} has {tensor.numel:,} elements; a diff's tensors have less than {1 << 32:,}")
+    problems += [f"{other.folder} lacks {name}, which {raw.folder} has" for name in bases if name not in other.tensors]
+    problems += [f"{raw.folder} lacks {name}, which {other.folder} has" for name in other.tensors if name not in bases]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{more}; {_likely_mistake(raw, other)}")
+    return {name: (bases[name], tensor) for name, tensor in other.tensors.items()}
 
-    def __init__(self, target: str, inputs: list[str], overwrite: bool, resume: bool):
-        from tensor_stream import Progress
 
-        self.target = os.path.abspath(target)
-        self.folder = self.target + ".partial"
-        self.progress = Progress()
-        self._overwrite, self._resume = overwrite, resume
-        self._done: dict[str, dict] = {}
-        for path in inputs:
-            if os.path.realpath(path) == os.path.realpath(self.target):
-                raise UserError(f"{target} is an input of this command; name another folder for the output")
-        if os.path.exists(self.target) and not overwrite:
-            raise UserError(f"{target} exists; name a new folder, or pass --overwrite to replace it")
+def _likely_mistake(raw: Checkpoint, other: Checkpoint) -> str:
+    if _size(raw) != _size(other):
+        return f"{raw.folder} is {_looks_like(raw)}, {other.folder} needs {_looks_like(other)}"
+    rows, wanted = (c.tensors[_embedding(c)].shape[0] if _embedding(c) else 0 for c in (raw, other))
+    if rows > wanted:
+        return f"{raw.folder} already has {rows - wanted} added rows, as a tuned model has; take the base as published"
+    return "take the base that the model was tuned from, and download it again if a file is missing"
 
-    def __enter__(self) -> "_Workspace":
-        os.makedirs(self.folder, exist_ok=True)
-        self._journal = open(os.path.join(self.folder, "journal.jsonl"), "a+", encoding="utf-8")
-        fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return self
 
-    def __exit__(self, kind, *_) -> None:
-        self._journal.close()
+def _embedding(checkpoint: Checkpoint) -> str | None:
+    return next((name for name in checkpoint.tensors if name.endswith("embed_tokens.weight")), None)
 
-    def begin(self, output, identity: dict) -> dict[str, dict]:
-        self._output = output
-        self._journal.truncate(0)
-        output.create()
-        return self._done
 
-    def finish(self, name: str, entry: dict) -> None:
-        self._done[name] = entry
-        self._journal.write(json.dumps({"name": name, **entry}) + "\n")
-        self._journal.flush()
+def _size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Hidden size and number of layers, by the tensors."""
+    layers = {int(n) for name in checkpoint.tensors for n in re.findall(r"\.layers\.(\d+)\.", name)}
+    name = _embedding(checkpoint)
+    return checkpoint.tensors[name].shape[-1] if name else 0, len(layers)
 
-    def run(self, title: str, sizes: dict[str, int], job) -> None:
-        from functools import partial
 
-        from tqdm import tqdm
+def _looks_like(checkpoint: Checkpoint) -> str:
+    hidden, layers = _size(checkpoint)
+    name = f"LLaMA-{_LLAMA[hidden, layers]} " if (hidden, layers) in _LLAMA else "a model "
+    rows = checkpoint.tensors[_embedding(checkpoint)].shape[0] if _embedding(checkpoint) else 0
+    return f"{name}of hidden size {hidden}, {layers} layers, {rows:,} rows"
 
-        from tensor_stream import run_jobs
 
-        names = sorted((n for n in sizes if n not in self._done), key=lambda n: -sizes[n])
-        with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=title) as bar:
-            run_jobs([partial(job, n) for n in names], self.progress, lambda: bar.update(self.progress.done - bar.n))
+def _check_base(raw: Checkpoint, pairs: dict[str, tuple[Tensor, Tensor]], manifest: dict[str, Any]) -> None:
+    """Tells another base by a few bytes of each tensor; every byte is checked as it passes."""
+    wrong = differing_probes({name: base for name, (base, _) in pairs.items()}, manifest)
+    if not wrong:
+        return
+    why = "it is another model, or another version of it"
+    if all(name.endswith(("q_proj.weight", "k_proj.weight")) for name in wrong):
+        why = "as only q_proj and k_proj differ, it was converted from LLaMA's original files by other rules"
+    raise UserError(
+        f"{raw.folder} is not the base of this diff: {wrong[0]} and {len(wrong) - 1} of {len(pairs)} tensors differ; {why}"
+    )
 
-    def publish(self, manifest: dict) -> None:
-        listed = sorted(set(os.listdir(self.folder)) - {"journal.jsonl", *map(os.path.basename, self._output.headers)})
-        manifest["files"] = {name: _file_sha256(os.path.join(self.folder, name)) for name in listed}
-        # As it is read back: tuples are lists in JSON.
-        manifest = json.loads(json.dumps(manifest))
-        manifest["manifest_sha256"] = _manifest_hash(manifest)
-        _write_json(os.path.join(self.folder, MANIFEST), manifest)
-        os.unlink(os.path.join(self.folder, "journal.jsonl"))
-        if os.path.isdir(self.target):
-            shutil.rmtree(self.target)
-        os.rename(self.folder, self.target)
+
+def _mean_rows(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    return {name: mean_row(base) for name, (base, other) in pairs.items() if base.shape != other.shape}
+
+
+def _copies(tuned: Checkpoint) -> dict[str, str]:
+    """Tensors that the diff holds twice: the original's `recover` adds a base to each of two tied names."""
+    embedding = _embedding(tuned)
+    return {LM_HEAD: embedding} if embedding and is_tied(read_config(tuned.folder)) else {}
+
+
+def _sizes(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, int]:
+    return {name: base.nbytes + other.nbytes for name, (base, other) in pairs.items()}
 
 
 if __name__ == "__main__":
-    run_cli({"make_diff": make_diff, "recover": recover})
+    run_cli({"make_diff": make_diff, "recover": recover, "verify": verify, "info": info})

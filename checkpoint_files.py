@@ -1,0 +1,286 @@
+"""Finds tensors in checkpoint files without reading them, and lays out the files that will hold new ones.
+
+Safetensors and 2023's `pytorch_model*.bin`, single or sharded. A safetensors file is a length, a JSON header and bytes,
+so numpy is enough for it; only a .bin file needs torch, to tell where its tensors lie. Nothing pickled is executed.
+"""
+
+import json
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+from utils import UserError, jload
+
+MAX_SHARD_BYTES = 5 * 10**9
+# numpy has no bfloat16: its bits travel as uint16.
+STORED = {name: np.dtype(kind) for name, kind in (("F32", "<f4"), ("F16", "<f2"), ("BF16", "<u2"), ("U32", "<u4"))}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_WIDEST_FIRST = ("U32", "F32", "BF16", "F16")  # how safetensors' own writer orders a file's tensors
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file: `dtype` is safetensors' name for it, `offset` where its bytes begin in `path`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: str
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * STORED[self.dtype].itemsize
+
+
+@dataclass
+class Checkpoint:
+    """A folder's tensors in the order of its files, and for each safetensors file its header's `__metadata__`."""
+
+    folder: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, dict | None] = field(default_factory=dict)
+
+    def layout(self) -> dict[str, list[str]]:
+        """File name -> names of its tensors; empty for a checkpoint that isn't safetensors."""
+        files: dict[str, list[str]] = {name: [] for name in self.metadata}
+        for tensor in self.tensors.values() if files else ():
+            files[os.path.basename(tensor.path)].append(tensor.name)
+        return {name: tensors for name, tensors in files.items() if tensors}
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Path, size and modification time of each file: whether an interrupted run was about these very files."""
+        paths = sorted({os.path.realpath(tensor.path) for tensor in self.tensors.values()})
+        return [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
+
+
+def is_rotary_buffer(name: str) -> bool:
+    """Old LLaMA checkpoints saved a buffer that every model computes for itself."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_checkpoint(folder: str) -> Checkpoint:
+    """Finds the tensors of a folder, rotary buffers left out.
+
+    Raises:
+        UserError: no folder, no weights; a file that is missing, truncated, damaged or a Git LFS pointer; a tensor that
+            is neither float32, float16 nor bfloat16. The file is named.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} is not a folder; expected one that holds a checkpoint (download it first)")
+    for single, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
+        index = os.path.join(folder, f"{single}.index.json")
+        if os.path.exists(os.path.join(folder, single)):
+            return _read_files(folder, {}, [single], read)
+        if os.path.exists(index):
+            found = jload(index)
+            promised = found.get("weight_map") if isinstance(found, dict) else None
+            if not isinstance(promised, dict) or not promised:
+                raise UserError(f"{index} has no weight_map; download it again")
+            return _read_files(folder, promised, sorted(set(promised.values())), read)
+    raise UserError(f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin and no index of shards")
+
+
+def _read_files(folder: str, promised: dict[str, str], files: list[str], read: Callable) -> Checkpoint:
+    found = Checkpoint(folder, {})
+    for name in files:
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is missing, though the index names it; download it again")
+        with open(path, "rb") as file:
+            if file.read(20).startswith(b"version https://git-"):
+                raise UserError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in {folder}")
+        tensors = read(path, found)
+        found.tensors.update((tensor.name, tensor) for tensor in tensors if not is_rotary_buffer(tensor.name))
+        for tensor in tensors:
+            if tensor.dtype not in DTYPES.values() and not is_rotary_buffer(tensor.name):
+                raise UserError(f"{path}: {tensor.name} is {tensor.dtype}; expected float32, float16 or bfloat16")
+    for name, file in promised.items():
+        if name not in found.tensors and not is_rotary_buffer(name):
+            raise UserError(f"{os.path.join(folder, file)} lacks {name}, though the index names it; download it again")
+    return found
+
+
+def read_header(path: str) -> tuple[list[Tensor], dict | None]:
+    """The tensors of a safetensors file in the order of their bytes, and its `__metadata__`.
+
+    Raises:
+        UserError: the file is truncated, too long or damaged.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise UserError(f"{path} is truncated or no safetensors file ({size:,} bytes); download it again")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", None)
+        places = {name: (entry["data_offsets"][0], entry["data_offsets"][1]) for name, entry in header.items()}
+        tensors = [
+            Tensor(name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + places[name][0])
+            for name, entry in header.items()
+        ]
+        tensors.sort(key=lambda tensor: tensor.offset)
+        fits = all(t.dtype not in STORED or t.nbytes == places[t.name][1] - places[t.name][0] for t in tensors)
+        end = 8 + length + max((stop for _, stop in places.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{path} has a damaged safetensors header; download it again") from error
+    if not fits or end != size:
+        raise UserError(f"{path} is truncated or damaged: {size:,} bytes, its header says {end:,}; download it again")
+    return tensors, metadata
+
+
+def _read_safetensors(path: str, found: Checkpoint) -> list[Tensor]:
+    tensors, found.metadata[os.path.basename(path)] = read_header(path)
+    return tensors
+
+
+def _read_bin(path: str, found: Checkpoint) -> list[Tensor]:
+    """Maps the file for as long as it takes to see where its tensors lie; no page of their data is touched."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        records = _zip_records(path)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{path} is truncated, damaged or holds more than tensors ({reason})") from error
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_contiguous():
+            raise UserError(f"{path}: {name} is no contiguous tensor; expected a state dict as transformers saves it")
+    shift = _file_shift(
+        [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in state.values()], records
+    )
+    if shift is None:
+        raise UserError(f"{path}: its tensors are not where its zip directory says; save it again with torch.save")
+    return [
+        Tensor(name, names.get(t.dtype, str(t.dtype)), tuple(t.shape), path, t.data_ptr() - shift)
+        for name, t in state.items()
+    ]
+
+
+def _zip_records(path: str) -> set[tuple[int, int]]:
+    """(offset of the data, size) of each storage that torch.save put into the zip file, uncompressed."""
+    records = set()
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for info in archive.infolist():
+            if re.search(r"/data/\d+$", info.filename):
+                file.seek(info.header_offset + 26)
+                name_length, extra_length = struct.unpack("<HH", file.read(4))
+                records.add((info.header_offset + 30 + name_length + extra_length, info.file_size))
+    return records
+
+
+def _file_shift(storages: list[tuple[int, int]], records: set[tuple[int, int]]) -> int | None:
+    """The address at which the file was mapped: the one that puts every storage where a record is."""
+    address, nbytes = min(storages, default=(0, 0))
+    for offset, size in records:
+        shift = address - offset
+        if size == nbytes and all((a - shift, n) in records for a, n in storages):
+            return shift
+    return None if storages else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@dataclass
+class Output:
+    """Safetensors files to be written: each tensor's place, and each file's header and size."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    headers: dict[str, bytes] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def create(self) -> None:
+        """Makes the files with their headers and at full length, as readable as any other file."""
+        for path, header in self.headers.items():
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                os.ftruncate(descriptor, self.sizes[path])
+                os.pwrite(descriptor, header, 0)
+            finally:
+                os.close(descriptor)
+
+    def add_file(self, path: str, specs: dict[str, tuple[str, tuple[int, ...]]], metadata: dict | None) -> None:
+        """Lays a file out as safetensors' own writer does, byte for byte.
+
+        Args:
+            path: where it will be.
+            specs: tensor name -> (dtype, shape).
+            metadata: the header's `__metadata__`.
+        """
+        header: dict = {} if metadata is None else {"__metadata__": metadata}
+        end = 0
+        for name in sorted(specs, key=lambda name: (_WIDEST_FIRST.index(specs[name][0]), name)):
+            dtype, shape = specs[name]
+            begin, end = end, end + prod(shape) * STORED[dtype].itemsize
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self.headers[path] = struct.pack("<Q", len(text)) + text
+        self.sizes[path] = 8 + len(text) + end
+        for name, (dtype, shape) in specs.items():
+            self.tensors[name] = Tensor(name, dtype, shape, path, 8 + len(text) + header[name]["data_offsets"][0])
+
+
+def plan_output(
+    folder: str,
+    specs: dict[str, tuple[str, tuple[int, ...]]],
+    layout: dict[str, list[str]],
+    metadata: dict[str, dict | None],
+    suffix: str = "",
+) -> Output:
+    """Lays tensors out in safetensors files of 5 GB at most.
+
+    Args:
+        folder: where the files will be.
+        specs: tensor name -> (dtype, shape), in the order in which to fill shards.
+        layout: file name -> tensor names of a checkpoint whose files to repeat, unless one would exceed 5 GB.
+        metadata: file name -> `__metadata__` of that checkpoint.
+        suffix: what to append to the file names.
+    """
+    sizes = {name: prod(shape) * STORED[dtype].itemsize for name, (dtype, shape) in specs.items()}
+    if not layout or any(
+        sum(sizes[n] for n in names) > MAX_SHARD_BYTES and len(names) > 1 for names in layout.values()
+    ):
+        layout, metadata = _pack(sizes), {}
+    output = Output()
+    for file, names in layout.items():
+        output.add_file(
+            os.path.join(folder, file + suffix), {n: specs[n] for n in names}, metadata.get(file, {"format": "pt"})
+        )
+    return output
+
+
+def _pack(sizes: dict[str, int]) -> dict[str, list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > MAX_SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, start=1)}
