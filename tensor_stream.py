@@ -16,7 +16,7 @@ import numpy as np
 from checkpoint_files import STORED, Output, Tensor, read_header
 from utils import UserError
 
-WINDOW = 1 << 16  # elements: 256 KB of float32
+WINDOW = 1 << 16
 THREADS = max(2, min(4, os.cpu_count() or 1))
 BITS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 
@@ -56,10 +56,10 @@ class Source:
 
 
 class Sink:
-    """Writes one tensor front to back and hashes what it writes."""
+    """Writes one tensor front to back; with `sha256`, hashes what it writes."""
 
-    def __init__(self, tensor: Tensor):
-        self.sha256 = hashlib.sha256()
+    def __init__(self, tensor: Tensor, sha256: bool = False):
+        self.sha256 = hashlib.sha256() if sha256 else None
         self._descriptor = os.open(tensor.path, os.O_WRONLY)
         self._position = tensor.offset
 
@@ -70,7 +70,8 @@ class Sink:
         os.close(self._descriptor)
 
     def write(self, window: np.ndarray) -> None:
-        self.sha256.update(window)
+        if self.sha256:
+            self.sha256.update(window)
         view = memoryview(window).cast("B")
         while len(view):
             count = os.pwrite(self._descriptor, view, self._position)
@@ -125,28 +126,36 @@ def run_jobs(jobs: Iterable[Callable[[], None]], progress: Progress, report: Cal
 # Types
 
 
-def to_float32(stored: np.ndarray, dtype: str, out: np.ndarray) -> None:
-    """Widens a window of stored elements to float32, exactly."""
+def as_float32(stored: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
+    """A window of stored elements as float32, exactly; in `out`, float32 [n], unless it is float32 already."""
+    if dtype == "F32":
+        return stored
     if dtype == "BF16":
         bits = out.view(np.uint32)
         np.copyto(bits, stored)
         np.left_shift(bits, 16, out=bits)
     else:
         np.copyto(out, stored)
+    return out
 
 
-def from_float32(values: np.ndarray, dtype: str, out: np.ndarray, scratch: np.ndarray) -> None:
-    """Rounds float32 to `dtype` as torch does: to nearest, ties to even.
+def from_float32(values: np.ndarray, dtype: str, out: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+    """Rounds float32 as torch does, to nearest, ties to even.
 
     Args:
         values: float32 [n].
         dtype: safetensors' name of the type.
-        out: `STORED[dtype]` [n].
+        out: `STORED[dtype]` [n], filled unless `dtype` is float32.
         scratch: uint32 [n], overwritten.
+
+    Returns:
+        `values` where `dtype` is float32, else `out`.
     """
-    if dtype != "BF16":
+    if dtype == "F32":
+        return values
+    if dtype == "F16":
         np.copyto(out, values, casting="same_kind")
-        return
+        return out
     bits = values.view(np.uint32)
     np.right_shift(bits, 16, out=scratch)
     np.bitwise_and(scratch, 1, out=scratch)
@@ -157,19 +166,36 @@ def from_float32(values: np.ndarray, dtype: str, out: np.ndarray, scratch: np.nd
     nan = np.isnan(values)
     if nan.any():
         out[nan] = 0x7FC0
+    return out
 
 
 def converted(stored: np.ndarray, dtype: str, to: str) -> np.ndarray:
     """A window in another type, or as it is where that type cannot hold it exactly."""
     if dtype == to:
         return stored
-    values, back = np.empty((2, len(stored)), np.float32)
-    out = np.empty(len(stored), STORED[to])
-    to_float32(stored, dtype, values)
+    n = len(stored)
+    values = as_float32(stored, dtype, np.empty(n, np.float32))
     with np.errstate(all="ignore"):
-        from_float32(values, to, out, back.view(np.uint32))
-    to_float32(out, to, back)
+        out = from_float32(values, to, np.empty(n, STORED[to]), np.empty(n, np.uint32))
+    back = as_float32(out, to, np.empty(n, np.float32))
     return out if np.array_equal(back.view(np.uint32), values.view(np.uint32)) else stored
+
+
+class Checksum:
+    """The sum of a tensor's bytes as little-endian 64-bit words, mod 2**64, the last word filled up with zeros.
+
+    It costs a tenth of a sha256 and sees any flipped bit: enough for a sum of two tensors that are verified by sha256.
+    """
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def update(self, window: np.ndarray) -> None:
+        """Adds a window; all but the last are a multiple of 8 bytes long."""
+        data = window.view(np.uint8)
+        whole = len(data) - len(data) % 8
+        words = int(np.add.reduce(data[:whole].view("<u8"))) + int.from_bytes(data[whole:].tobytes(), "little")
+        self.value = (self.value + words) % (1 << 64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,48 +217,58 @@ class Base:
         self._hash_dtype = hash_dtype or source.tensor.dtype
         self._same = self._hash_dtype == source.tensor.dtype
         self._sha256 = source.sha256 if self._same else hashlib.sha256()
+        self._out = np.empty(WINDOW, np.float32)
+        self.nbytes = 0
 
     def hexdigest(self) -> str:
         """The sha256 of the raw tensor in `hash_dtype`."""
         return self._sha256.hexdigest()
 
-    def read(self, start: int, stop: int, out: np.ndarray) -> int:
-        """Fills `out`, float32 [stop - start]; returns how many bytes it read."""
-        tensor = self._source.tensor
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) as float32, in a buffer that the next call overwrites."""
+        tensor, n = self._source.tensor, stop - start
         own = max(0, min(stop, tensor.numel) - start)
+        values = self._out[:n]
         if own:
             window = (self._source.read if self._same else self._source.peek)(start, start + own)
-            to_float32(window, tensor.dtype, out[:own])
+            self.nbytes += window.nbytes
+            values = as_float32(window, tensor.dtype, self._out[:own])
             if not self._same:
                 self._sha256.update(converted(window, tensor.dtype, self._hash_dtype))
-        if start + own < stop:
+        if own < n:
+            self._out[:own] = values[:own]
             columns = np.arange(start + own, stop) - tensor.numel
-            out[own:] = self._mean[columns % len(self._mean)]
-        return own * STORED[tensor.dtype].itemsize
+            self._out[own:n] = self._mean[columns % len(self._mean)]
+            values = self._out[:n]
+        return values
 
 
-def subtract(base: Base, tuned: Source, sink: Sink, corrections: "CorrectionWriter", progress: Progress) -> None:
-    """Writes tuned - raw, and a correction for each element that raw + diff doesn't give back to the bit."""
-    dtype = tuned.tensor.dtype
-    raw, values, diff = np.empty((3, WINDOW), np.float32)
+def subtract(base: Base, tuned: Source, sink: Sink, corrections: "CorrectionWriter", progress: Progress) -> int:
+    """Writes tuned - raw, and a correction for each element that raw + diff doesn't give back to the bit.
+
+    Returns:
+        The checksum of the tuned tensor.
+    """
+    dtype, checksum = tuned.tensor.dtype, Checksum()
+    a, b, c = np.empty((3, WINDOW), np.float32)
     stored, scratch = np.empty(WINDOW, STORED[dtype]), np.empty(WINDOW, np.uint32)
     with np.errstate(all="ignore"):
         for start, stop in windows(tuned.tensor.numel):
-            n = stop - start
-            count = base.read(start, stop, raw[:n])
+            n, before = stop - start, base.nbytes
+            raw = base.read(start, stop)
             wanted = tuned.read(start, stop)
-            to_float32(wanted, dtype, values[:n])
-            np.subtract(values[:n], raw[:n], out=diff[:n])
-            from_float32(diff[:n], dtype, stored[:n], scratch[:n])
-            sink.write(stored[:n])
-            to_float32(stored[:n], dtype, diff[:n])
-            np.add(diff[:n], raw[:n], out=diff[:n])
-            from_float32(diff[:n], dtype, stored[:n], scratch[:n])
-            wrong = np.flatnonzero(stored[:n].view(BITS[dtype]) != wanted.view(BITS[dtype]))
+            checksum.update(wanted)
+            values = as_float32(wanted, dtype, a[:n])
+            diff = from_float32(np.subtract(values, raw, out=b[:n]), dtype, stored[:n], scratch[:n])
+            sink.write(diff)
+            again = np.add(as_float32(diff, dtype, c[:n]), raw, out=c[:n])
+            again = from_float32(again, dtype, stored[:n], scratch[:n])
+            wrong = np.flatnonzero(again.view(BITS[dtype]) != wanted.view(BITS[dtype]))
             if len(wrong):
                 corrections.add(wrong + start, wanted[wrong])
-            progress.add(count + wanted.nbytes)
+            progress.add(base.nbytes - before + wanted.nbytes)
     corrections.flush()
+    return checksum.value
 
 
 def add(
@@ -243,7 +279,7 @@ def add(
     dtypes: tuple[str, str],
     progress: Progress,
     times: int = 1,
-) -> tuple[str, float]:
+) -> tuple[int, float]:
     """Writes raw + diff with its corrections.
 
     Args:
@@ -256,43 +292,41 @@ def add(
         times: how often raw is added.
 
     Returns:
-        The sha256 of the sum in the type in which the model was tuned, and the float64 total of its elements.
+        The checksum of the sum in the type in which the model was tuned; and, of a diff without corrections, the
+        total of its elements in float64.
     """
     dtype, out_dtype = dtypes
-    raw, values = np.empty((2, WINDOW), np.float32)
+    checksum, total = Checksum(), 0.0
+    a, b = np.empty((2, WINDOW), np.float32)
     scratch = np.empty(WINDOW, np.uint32)
-    tuned, out = np.empty(WINDOW, STORED[dtype]), np.empty(WINDOW, STORED[out_dtype])
-    sha256, total = sink.sha256 if dtype == out_dtype else hashlib.sha256(), 0.0
+    stored, out = np.empty(WINDOW, STORED[dtype]), np.empty(WINDOW, STORED[out_dtype])
     with np.errstate(all="ignore"):
         for start, stop in windows(diff.tensor.numel):
-            n = stop - start
-            count = base.read(start, stop, raw[:n])
-            stored = diff.read(start, stop)
-            to_float32(stored, diff.tensor.dtype, values[:n])
+            n, before = stop - start, base.nbytes
+            raw = base.read(start, stop)
+            window = diff.read(start, stop)
+            values = as_float32(window, diff.tensor.dtype, a[:n])
             for _ in range(times):
-                np.add(values[:n], raw[:n], out=values[:n])
+                values = np.add(values, raw, out=b[:n])
             if not corrections.exact:
-                total += float(np.add.reduce(values[:n], dtype=np.float64))
-            from_float32(values[:n], dtype, tuned[:n], scratch[:n])
+                total += float(np.add.reduce(values, dtype=np.float64))
+            tuned = from_float32(values, dtype, stored[:n], scratch[:n])
             corrections.apply(start, stop, tuned)
-            if dtype == out_dtype:
-                sink.write(tuned[:n])
-            else:
-                sha256.update(tuned[:n])
-                to_float32(tuned[:n], dtype, values[:n])
-                from_float32(values[:n], out_dtype, out[:n], scratch[:n])
-                sink.write(out[:n])
-            progress.add(count + stored.nbytes)
-    return sha256.hexdigest(), total
+            checksum.update(tuned)
+            if dtype != out_dtype:
+                tuned = from_float32(as_float32(tuned, dtype, a[:n]), out_dtype, out[:n], scratch[:n])
+            sink.write(tuned)
+            progress.add(base.nbytes - before + window.nbytes)
+    return checksum.value, total
 
 
 def sha256_of(tensor: Tensor, dtype: str, progress: Progress) -> str:
     """The hash of a tensor in a type that can hold it."""
     with Source(tensor) as source:
         base = Base(source, hash_dtype=dtype)
-        out = np.empty(WINDOW, np.float32)
         for start, stop in windows(tensor.numel):
-            progress.add(base.read(start, stop, out[: stop - start]))
+            base.read(start, stop)
+            progress.add((stop - start) * STORED[tensor.dtype].itemsize)
         return base.hexdigest()
 
 
@@ -310,10 +344,10 @@ def projection(diff: Tensor, raw: Tensor) -> float:
     with Source(diff) as d, Source(raw) as r:
         for start, stop in windows(raw.numel):
             n = stop - start
-            to_float32(d.peek(start, stop), diff.dtype, a[:n])
-            to_float32(r.peek(start, stop), raw.dtype, b[:n])
-            dot += float(np.dot(a[:n], b[:n]))
-            square += float(np.dot(b[:n], b[:n]))
+            x = as_float32(d.peek(start, stop), diff.dtype, a[:n])
+            y = as_float32(r.peek(start, stop), raw.dtype, b[:n])
+            dot += float(np.dot(x, y))
+            square += float(np.dot(y, y))
     return dot / square if square else 0.0
 
 
@@ -340,13 +374,13 @@ def mean_row(tensor: Tensor) -> np.ndarray:
     whole = _Cascade(rows, blocks)
     strands = [_Cascade(fours // 4, columns - blocks) for _ in range(4)]
     step = max(1, WINDOW // columns)
-    block = np.empty((step, columns), np.float32)
+    block = np.empty(step * columns, np.float32)
     rest = []
     with Source(tensor, step * columns) as source:
         for first in range(0, rows, step):
-            count = min(step, rows - first)
-            to_float32(source.peek(first * columns, (first + count) * columns), tensor.dtype, block[:count].reshape(-1))
-            for i, row in enumerate(block[:count], start=first):
+            stored = source.peek(first * columns, min(rows, first + step) * columns)
+            values = as_float32(stored, tensor.dtype, block[: len(stored)]).reshape(-1, columns)
+            for i, row in enumerate(values, start=first):
                 whole.add(row[:blocks])
                 if blocks < columns and i < fours:
                     strands[i % 4].add(row[blocks:])

@@ -97,13 +97,13 @@ def make_diff(
         def job(name: str) -> None:
             base, other = pairs[name]
             corrections = CorrectionWriter(spool)
-            with Source(base) as r, Source(other) as t, Sink(output.tensors[name]) as d:
-                subtract(Base(r, means.get(name)), t, d, corrections, work.progress)
+            with Source(base) as r, Source(other) as t, Sink(output.tensors[name], sha256=True) as d:
+                checksum = subtract(Base(r, means.get(name)), t, d, corrections, work.progress)
                 entry = {
                     "shape": other.shape,
                     "raw": {"dtype": base.dtype, "shape": base.shape, "sha256": r.sha256.hexdigest()},
                     "diff": {"dtype": other.dtype, "sha256": d.sha256.hexdigest()},
-                    "tuned": {"dtype": other.dtype, "sha256": t.sha256.hexdigest()},
+                    "tuned": {"dtype": other.dtype, "sha256": t.sha256.hexdigest(), "checksum": checksum},
                     "corrections": sum(count for _, count in corrections.chunks),
                 }
             entry["raw"]["probe"] = probe(base, base.dtype)
@@ -239,21 +239,24 @@ class _Addition:
         entry = self._entries.get(name)
         dtypes = (entry["tuned"]["dtype"] if entry else target.dtype, target.dtype)
         corrections = CorrectionReader(self._corrections, name)
-        with Source(base) as r, Source(diff) as d, Sink(target) as t:
+        # Of a sum that is the tuned model's as the manifest has it, the sha256 is known.
+        known = entry is not None and entry["tuned"]["dtype"] == target.dtype
+        with Source(base) as r, Source(diff) as d, Sink(target, sha256=not known) as t:
             side = Base(r, self._means.get(name), entry["raw"]["dtype"] if entry else None)
             times = 2 if name == self._twice else 1
-            tuned, total = add(side, d, t, corrections, dtypes, self._work.progress, times)
+            checksum, total = add(side, d, t, corrections, dtypes, self._work.progress, times)
         if entry:
-            _expect(side.hexdigest(), entry["raw"], base, "it is damaged, or of another base")
-            _expect(d.sha256.hexdigest(), entry["diff"], diff, "it is damaged; download it again")
-            _expect(tuned, entry["tuned"], target, "their sum differs though raw and diff are right: check the memory")
-        found = {"shape": target.shape, "tuned": {"dtype": target.dtype, "sha256": t.sha256.hexdigest()}}
+            _expect(side.hexdigest() == entry["raw"]["sha256"], base, "it is damaged, or of another base")
+            _expect(d.sha256.hexdigest() == entry["diff"]["sha256"], diff, "it is damaged; download it again")
+            _expect(checksum == entry["tuned"]["checksum"], target, "the sum of verified files: the memory is at fault")
+        sha256 = entry["tuned"]["sha256"] if known else t.sha256.hexdigest()
+        found = {"shape": target.shape, "tuned": {"dtype": target.dtype, "sha256": sha256}}
         self._work.finish(name, {"entry": found, "total": total})
 
 
-def _expect(found: str, entry: dict, tensor: Tensor, otherwise: str) -> None:
-    if found != entry["sha256"]:
-        raise UserError(f"{tensor.name} in {tensor.path} is not what the diff's manifest says (sha256): {otherwise}")
+def _expect(right: bool, tensor: Tensor, otherwise: str) -> None:
+    if not right:
+        raise UserError(f"{tensor.name} in {tensor.path} is not what the diff's manifest says: {otherwise}")
 
 
 def _finish_model(

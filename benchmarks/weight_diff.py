@@ -1,0 +1,181 @@
+"""Seconds, peak memory and the ratio to `cp` of make_diff and recover, beside two whole models in memory.
+
+    python benchmarks/weight_diff.py --sizes 0.3B,1.1B --work_dir /tmp/weight_diff_benchmark
+
+Writes pairs of random float32 LLaMA checkpoints (9 GB each time for 1.1 B parameters, 18 GB of memory for the
+reference), removes them, and writes benchmarks/results/weight_diff.json. Every figure of a size comes from one run.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from checkpoint_files import plan_output  # noqa: E402
+from tensor_stream import Sink  # noqa: E402
+from utils import UserError, jdump, run_cli  # noqa: E402
+
+# hidden size, intermediate size, layers, attention heads, key-value heads; 1.1B is TinyLlama's shape.
+SHAPES = {"0.3B": (1024, 2816, 18, 16, 16), "1.1B": (2048, 5632, 22, 32, 4)}
+VOCABULARY = 32000
+REFERENCE = """
+import sys, torch, transformers
+command, raw, other, out = sys.argv[1:]
+load = lambda path: transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+with torch.inference_mode():
+    model, base = load(other), load(raw)
+    if model.config.vocab_size != base.config.vocab_size:
+        base.resize_token_embeddings(model.config.vocab_size, mean_resizing=False)
+        for embedding in (base.get_input_embeddings().weight, base.get_output_embeddings().weight):
+            embedding[-1:] = embedding[:-1].mean(dim=0, keepdim=True)
+    state, base_state = model.state_dict(), base.state_dict()
+    for name in state:
+        state[name].add_(base_state[name], alpha=-1 if command == "make_diff" else 1)
+    if command == "recover":
+        print(sum(state[name].sum() for name in state))
+    model.save_pretrained(out)
+"""
+
+
+def write_pair(size: str, raw: str, tuned: str) -> None:
+    """Writes a base and a model tuned from it: noise added in float64, one more row of vocabulary."""
+    hidden, inner, layers, heads, groups = SHAPES[size]
+    keys = hidden // heads * groups
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.self_attn.{n}_proj.weight": (hidden, hidden) for n in "qo"}
+        shapes |= {f"{layer}.self_attn.{n}_proj.weight": (keys, hidden) for n in "kv"}
+        shapes |= {f"{layer}.mlp.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
+        shapes |= {f"{layer}.mlp.down_proj.weight": (hidden, inner)}
+        shapes |= {f"{layer}.{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
+    grown = {n: (s[0] + 1, s[1]) if s[0] == VOCABULARY else s for n, s in shapes.items()}
+    outputs = []
+    for folder, these in ((raw, shapes), (tuned, grown)):
+        os.makedirs(folder)
+        config = {
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "float32", "hidden_size": hidden,
+            "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": groups, "vocab_size": these["lm_head.weight"][0], "tie_word_embeddings": False,
+        }  # fmt: skip
+        jdump(config, os.path.join(folder, "config.json"))
+        outputs.append(plan_output(folder, {n: ("F32", s) for n, s in these.items()}, {}, {}))
+        outputs[-1].create()
+    generator = np.random.default_rng(0)
+    for name, tensor in outputs[0].tensors.items():
+        with Sink(tensor) as base, Sink(outputs[1].tensors[name]) as other:
+            for start in range(0, outputs[1].tensors[name].numel, 1 << 20):
+                count = min(1 << 20, outputs[1].tensors[name].numel - start)
+                values = generator.standard_normal(count, np.float32) * np.float32(0.02)
+                own = max(0, min(count, tensor.numel - start))
+                base.write(values[:own])
+                other.write((values + generator.standard_normal(count) * 1e-3).astype(np.float32))
+
+
+def measure(command: list[str], out: str) -> dict:
+    """Seconds and peak resident memory of a process, after which `out` is synced, untimed, and left in place."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{' '.join(command[:4])} failed:\n{errors.decode()[-2000:]}")
+    os.sync()
+    return {"seconds": round(seconds, 2), "peak_mb": round(usage.ru_maxrss / 1024, 1), "out": out}
+
+
+def run_size(size: str, folder: str, repeats: int, reference: bool) -> dict:
+    """All figures of one size."""
+    raw, tuned, diff, out, copy = (os.path.join(folder, n) for n in ("raw", "tuned", "diff", "out", "copy"))
+    write_pair(size, raw, tuned)
+    os.sync()
+    script = [sys.executable, os.path.join(ROOT, "weight_diff.py")]
+    make = [*script, "make_diff", "--path_raw", raw, "--path_tuned", tuned, "--path_diff", diff]
+    recover = [
+        *script,
+        "recover",
+        "--path_raw",
+        raw,
+        "--path_diff",
+        diff,
+        "--path_tuned",
+        out,
+        "--test_inference=False",
+    ]
+    runs: dict[str, list[dict]] = {"cp": [], "make_diff": [], "recover": []}
+    for _ in range(repeats):
+        for target in (diff, out):
+            shutil.rmtree(target, ignore_errors=True)
+        runs["cp"].append(measure(["cp", "-r", tuned, copy], copy))
+        shutil.rmtree(copy)
+        runs["make_diff"].append(measure(make, diff))
+        runs["recover"].append(measure(recover, out))
+    same = all(
+        subprocess.run(["cmp", "-s", os.path.join(tuned, n), os.path.join(out, n)], check=False).returncode == 0
+        for n in os.listdir(tuned)
+    )
+    for target in (out, diff):
+        shutil.rmtree(target)
+    if reference:
+        for name, other, target in (("make_diff", tuned, diff), ("recover", diff, out)):
+            command = [sys.executable, "-c", REFERENCE, name, raw, other, target]
+            runs[f"two models: {name}"] = [measure(command, target)]
+    best = {name: min(found, key=lambda run: run["seconds"]) for name, found in runs.items()}
+    cp = best["cp"]["seconds"]
+    result: dict = {"output_gb": round(sum(e.stat().st_size for e in os.scandir(tuned)) / 1e9, 3), "identical": same}
+    for name, run in best.items():
+        whole = {"seconds": run["seconds"], "peak_mb": run["peak_mb"], "times_cp": round(run["seconds"] / cp, 2)}
+        ours = best.get(name.removeprefix("two models: "))
+        if name.startswith("two models"):
+            whole["times_ours"] = round(run["seconds"] / ours["seconds"], 1)
+        result[name] = {**whole, "all_seconds": [r["seconds"] for r in runs[name]]}
+    return result
+
+
+def main(
+    sizes: str = "0.3B,1.1B",
+    work_dir: str = "/tmp/weight_diff_benchmark",
+    repeats: int = 3,
+    reference: bool = True,
+    output: str = os.path.join(ROOT, "benchmarks", "results", "weight_diff.json"),
+) -> None:
+    """Measures and writes the result.
+
+    Args:
+        sizes: of 0.3B and 1.1B, separated by commas.
+        work_dir: a folder that does not exist, on the disk to measure; removed at the end.
+        repeats: runs of each; the fastest counts.
+        reference: whether to run the two models in memory as well.
+        output: the result's file.
+    """
+    if os.path.exists(work_dir):
+        raise UserError(f"--work_dir {work_dir} exists; name a new folder")
+    result: dict = {
+        "device": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release()}",
+        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip(),
+        "sizes": {},
+    }  # fmt: skip
+    for size in sizes.split(","):
+        if size not in SHAPES:
+            raise UserError(f"--sizes takes {', '.join(SHAPES)}, found {size}")
+        try:
+            result["sizes"][size] = run_size(size, os.path.join(work_dir, size), repeats, reference)
+        finally:
+            shutil.rmtree(work_dir, ignore_errors=True)
+        print(size, json.dumps(result["sizes"][size], indent=1))
+    jdump(result, output)
+
+
+if __name__ == "__main__":
+    run_cli({"main": main})
