@@ -90,7 +90,7 @@ class PartialFolder:
         lines = [line for line in journal.read().split("\n")[:-1] if line]
         if self._resume and lines and json.loads(lines[0]) != settings:
             raise UserError(
-                f"{self.folder} was begun with other files or flags, or before a restart; run without --resume to start over"
+                f"{self.folder} was begun with other files or flags, or before a reboot; run without --resume"
             )
         self._journal, self._begun = journal, True
         if self._resume and lines:

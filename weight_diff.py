@@ -125,7 +125,7 @@ def make_diff(
 def _finish_diff(
     raw: Checkpoint, tuned: Checkpoint, output: Output, entries: dict[str, dict], copies: dict[str, str]
 ) -> None:
-    """Writes all but the weights; what the diff's own config and index cannot repeat of the tuned model's is carried."""
+    """Writes all but the weights; the manifest carries what of the tuned model's files the diff has otherwise."""
     folder = os.path.dirname(next(iter(output.headers)))
     carried = {"config.json": read_text(os.path.join(tuned.folder, "config.json"))}
     index = os.path.join(tuned.folder, INDEX)
@@ -504,7 +504,8 @@ def _check_base(raw: Checkpoint, pairs: dict[str, tuple[Tensor, Tensor]], manife
     if all(name.endswith(("q_proj.weight", "k_proj.weight")) for name in wrong):
         why = "as only q_proj and k_proj differ, it was converted from LLaMA's original files by other rules"
     raise UserError(
-        f"{raw.folder} is not the base of this diff: {wrong[0]} and {len(wrong) - 1} of {len(pairs)} tensors differ; {why}"
+        f"{raw.folder} is not the base of this diff: {len(wrong)} of {len(pairs)} tensors differ, "
+        f"{wrong[0]} for one; {why}"
     )
 
 

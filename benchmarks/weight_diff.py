@@ -6,6 +6,7 @@ Writes pairs of random float32 LLaMA checkpoints (9 GB each time for 1.1 B param
 reference), removes them, and writes benchmarks/results/weight_diff.json. Every figure of a size comes from one run.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -81,17 +82,22 @@ def write_pair(size: str, raw: str, tuned: str) -> None:
                 other.write((values + generator.standard_normal(count) * 1e-3).astype(np.float32))
 
 
-def measure(command: list[str], out: str) -> dict:
-    """Seconds and peak resident memory of a process, after which `out` is synced, untimed, and left in place."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"{' '.join(command[:4])} failed:\n{errors.decode()[-2000:]}")
+def measure(command: list[str]) -> dict:
+    """Seconds, processor seconds and peak resident memory of a process; what it wrote is synced afterwards, untimed."""
+    before, start = os.times(), time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    peak = 0
+    while process.poll() is None:
+        # rusage would count the memory of this process, of which the child is a fork.
+        with contextlib.suppress(OSError), open(f"/proc/{process.pid}/status") as status:
+            peak = max([peak, *(int(line.split()[1]) for line in status if line.startswith("VmHWM"))])
+        time.sleep(0.01)
+    seconds, after = time.perf_counter() - start, os.times()
+    if process.returncode:
+        raise SystemExit(f"failed with {process.returncode}: {' '.join(command)}")
     os.sync()
-    return {"seconds": round(seconds, 2), "peak_mb": round(usage.ru_maxrss / 1024, 1), "out": out}
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_mb": round(peak / 1024, 1)}
 
 
 def run_size(size: str, folder: str, repeats: int, reference: bool) -> dict:
@@ -116,10 +122,10 @@ def run_size(size: str, folder: str, repeats: int, reference: bool) -> dict:
     for _ in range(repeats):
         for target in (diff, out):
             shutil.rmtree(target, ignore_errors=True)
-        runs["cp"].append(measure(["cp", "-r", tuned, copy], copy))
+        runs["cp"].append(measure(["cp", "-r", tuned, copy]))
         shutil.rmtree(copy)
-        runs["make_diff"].append(measure(make, diff))
-        runs["recover"].append(measure(recover, out))
+        runs["make_diff"].append(measure(make))
+        runs["recover"].append(measure(recover))
     same = all(
         subprocess.run(["cmp", "-s", os.path.join(tuned, n), os.path.join(out, n)], check=False).returncode == 0
         for n in os.listdir(tuned)
@@ -129,12 +135,12 @@ def run_size(size: str, folder: str, repeats: int, reference: bool) -> dict:
     if reference:
         for name, other, target in (("make_diff", tuned, diff), ("recover", diff, out)):
             command = [sys.executable, "-c", REFERENCE, name, raw, other, target]
-            runs[f"two models: {name}"] = [measure(command, target)]
+            runs[f"two models: {name}"] = [measure(command)]
     best = {name: min(found, key=lambda run: run["seconds"]) for name, found in runs.items()}
     cp = best["cp"]["seconds"]
     result: dict = {"output_gb": round(sum(e.stat().st_size for e in os.scandir(tuned)) / 1e9, 3), "identical": same}
     for name, run in best.items():
-        whole = {"seconds": run["seconds"], "peak_mb": run["peak_mb"], "times_cp": round(run["seconds"] / cp, 2)}
+        whole = {**run, "times_cp": round(run["seconds"] / cp, 2)}
         ours = best.get(name.removeprefix("two models: "))
         if name.startswith("two models"):
             whole["times_ours"] = round(run["seconds"] / ours["seconds"], 1)
@@ -163,7 +169,7 @@ def main(
     result: dict = {
         "device": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release()}",
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": subprocess.getoutput(f"git -C {ROOT} rev-parse --short HEAD"),
         "sizes": {},
     }  # fmt: skip
     for size in sizes.split(","):
