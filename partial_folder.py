@@ -11,13 +11,14 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 from checkpoint_files import Output
 from tensor_stream import Progress, run_jobs
 from utils import UserError
 
 SUFFIX = ".part"  # of a weights file in the making, which nothing takes for a model
+SPOOL = "corrections.spool"  # what make_diff gathers at its end
 _JOURNAL = "journal.jsonl"
 _SPARE_BYTES = 64 << 20  # for the small files and the file system
 
@@ -41,6 +42,7 @@ class PartialFolder:
         self.progress = Progress()
         self._resume = resume
         self._done: dict[str, dict] = {}
+        self._journal: IO[str] | None = None
         self._begun = False
         for path in inputs:
             if os.path.commonpath([self.target, os.path.realpath(path)]) == self.target:
@@ -54,9 +56,10 @@ class PartialFolder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
+        if self._journal:
+            self._journal.close()
         if not self._begun:
             return
-        self._journal.close()
         if kind and issubclass(kind, UserError):
             shutil.rmtree(self.folder)
         elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -81,18 +84,18 @@ class PartialFolder:
             settings = {**settings, "boot": file.read().strip()}
         settings = json.loads(json.dumps(settings))
         os.makedirs(self.folder, exist_ok=True)
-        journal = open(os.path.join(self.folder, _JOURNAL), "a+", encoding="utf-8")  # noqa: SIM115
+        self._journal = open(os.path.join(self.folder, _JOURNAL), "a+", encoding="utf-8")  # noqa: SIM115
         try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another run is writing {self.folder}; wait for it or stop it") from None
-        journal.seek(0)
-        lines = [line for line in journal.read().split("\n")[:-1] if line]
+        self._journal.seek(0)
+        lines = [line for line in self._journal.read().split("\n")[:-1] if line]
         if self._resume and lines and json.loads(lines[0]) != settings:
             raise UserError(
                 f"{self.folder} was begun with other files or flags, or before a reboot; run without --resume"
             )
-        self._journal, self._begun = journal, True
+        self._begun = True
         if self._resume and lines:
             self._done = {entry["name"]: entry for entry in map(json.loads, lines[1:])}
             for path in output.headers:
@@ -118,7 +121,9 @@ class PartialFolder:
         """Gives the files and then the folder their final names."""
         for path in self._output.headers:
             os.rename(path, path.removesuffix(SUFFIX))
-        os.unlink(os.path.join(self.folder, _JOURNAL))
+        for name in (_JOURNAL, SPOOL):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.folder, name))
         replaced = self.target + ".replaced"
         if os.path.isdir(self.target):
             os.rename(self.target, replaced)

@@ -426,7 +426,6 @@ class CorrectionSpool:
     """Takes corrections in chunks from all threads until it is known how many there are."""
 
     def __init__(self, path: str):
-        self.path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._lock = threading.Lock()
 
@@ -438,7 +437,7 @@ class CorrectionSpool:
         return begin
 
     def gather(self, path: str, chunks: dict[str, list[list[int]]], tensors: dict[str, Tensor]) -> None:
-        """Writes the corrections file, safetensors with `NAME.index` and `NAME.value`, and removes the spool.
+        """Writes the corrections file, safetensors with `NAME.index` and `NAME.value`.
 
         Args:
             path: the file.
@@ -460,7 +459,6 @@ class CorrectionSpool:
                     index.write(chunk[: count * 4])
                     value.write(chunk[count * 4 :])
         os.close(self._descriptor)
-        os.unlink(self.path)
 
 
 class CorrectionWriter:

@@ -36,7 +36,7 @@ from diff_manifest import (
     write_manifest,
     write_text,
 )
-from partial_folder import SUFFIX, PartialFolder, run_with_bar
+from partial_folder import SPOOL, SUFFIX, PartialFolder, run_with_bar
 from tensor_stream import (
     Base,
     CorrectionReader,
@@ -91,7 +91,7 @@ def make_diff(
     with work:
         output = plan_output(work.folder, specs, layout, tuned.metadata, SUFFIX)
         done = work.begin(output, {"make_diff": [raw.identity(), tuned.identity()]})
-        spool = CorrectionSpool(os.path.join(work.folder, "corrections.spool"))
+        spool = CorrectionSpool(os.path.join(work.folder, SPOOL))
         means = _mean_rows(pairs)
 
         def job(name: str) -> None:

@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import math
 import os
 import random
 import re
@@ -332,3 +333,350 @@ def test_sum_of_alpaca_7b_is_told_with_and_without_rotary_buffers():
     assert "a file is damaged or the base is another" in weight_diff._naive_integrity(50000.0, diff)
     del diff.tensors["model.layers.31.self_attn.q_proj.weight"]
     assert weight_diff._naive_integrity(50637.1836, diff).endswith("50637.1836")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Raw, tuned and diff, not to be changed."""
+    folder = str(tmp_path_factory.mktemp("pair"))
+    raw, tuned = make_pair(folder, "float16", tuned={"shards": 2})
+    return raw, tuned, make_diff(raw, tuned, folder)
+
+
+def refused(function, *arguments, **flags) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def edited(pair, tmp_path, which: int, change) -> list[str]:
+    """The pair's folders, one of them a copy that `change` has changed."""
+    folders = list(pair)
+    folders[which] = shutil.copytree(pair[which], tmp_path / "edited")
+    change(folders[which])
+    return [str(folder) for folder in folders]
+
+
+def resave(folder, change) -> None:
+    tensors = load(folder)
+    change(tensors)
+    for name in os.listdir(folder):
+        if ".safetensors" in name or name == "weight_diff.json":
+            os.unlink(os.path.join(folder, name))
+    save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+
+
+def test_wrong_shapes_and_names_are_refused_before_anything_is_written(pair, tmp_path):
+    q_proj = "model.layers.1.self_attn.q_proj.weight"
+    _, tuned, diff = pair
+    wrong = {
+        "more rows": ({n: torch.ones(s) for n, s in llama_shapes(rows=43).items()}, "already has 2 added rows"),
+        "13B": (
+            {n: torch.ones(s) for n, s in llama_shapes(rows=40, hidden=64, layers=3).items()},
+            "hidden size 64, 3 layers, 40 rows.* needs a model of hidden size 48, 2 layers, 41 rows",
+        ),
+        "other name": (
+            {n.replace("q_proj", "query"): torch.ones(s) for n, s in llama_shapes().items()},
+            "lacks model.layers.0.self_attn.query.weight",
+        ),
+        "grown elsewhere": (
+            {n: torch.ones((s[0] - 1, *s[1:]) if n == q_proj else s) for n, s in llama_shapes().items()},
+            re.escape(f"{q_proj} is [47, 48]") + ".*" + re.escape("[48, 48]"),
+        ),
+    }
+    for name, (tensors, pattern) in wrong.items():
+        raw = save(tmp_path / name, tensors)
+        assert re.search(pattern, refused(weight_diff.make_diff, raw, tuned, str(tmp_path / "out"))), name
+        assert re.search(pattern, refused(weight_diff.recover, raw, diff, str(tmp_path / "out"))), name
+    assert f"{HEAD} is [43, 48]" in refused(weight_diff.recover, str(tmp_path / "more rows"), diff, str(tmp_path / "o"))
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]
+
+
+def test_damaged_and_missing_files_are_named(pair, tmp_path):
+    shard = "model-00002-of-00002.safetensors"
+
+    def truncate(name, to):
+        return lambda folder: os.truncate(os.path.join(folder, name), to)
+
+    def pointer(folder):
+        write(os.path.join(folder, shard), "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+    changes = [
+        (1, lambda folder: os.unlink(os.path.join(folder, shard)), f"{shard} is missing"),
+        (1, pointer, f"{shard} is a Git LFS pointer"),
+        (1, truncate(shard, 5000), f"{shard} is truncated"),
+        (1, truncate(shard, 4), f"{shard} is truncated"),
+        (0, truncate("model.safetensors", 5000), "model.safetensors is truncated"),
+        (0, lambda folder: os.unlink(os.path.join(folder, "model.safetensors")), "holds no weights"),
+        (0, lambda folder: os.unlink(os.path.join(folder, "config.json")), "has no config.json"),
+        (1, lambda folder: resave(folder, lambda tensors: tensors.pop(EMBED)), f"lacks {EMBED}"),
+        (0, lambda folder: resave(folder, lambda t: t.update({EMBED: t[EMBED].int()})), f"{EMBED} is I32"),
+    ]
+    for which, change, message in changes:
+        raw, tuned, _ = edited(pair, tmp_path, which, change)
+        assert message in refused(weight_diff.make_diff, raw, tuned, str(tmp_path / "out"))
+        shutil.rmtree(tmp_path / "edited")
+    for change, message in (
+        (lambda folder: resave(folder, lambda tensors: tensors.pop(HEAD)), f"lacks {HEAD}"),
+        (lambda folder: os.unlink(os.path.join(folder, "corrections.safetensors")), "corrections.safetensors not as"),
+        (lambda folder: os.unlink(os.path.join(folder, "weight_diff.json")), "weight_diff.json is missing"),
+        (lambda folder: write(os.path.join(folder, "tokenizer_config.json"), "{}"), "tokenizer_config.json not as"),
+    ):
+        raw, _, diff = edited(pair, tmp_path, 2, change)
+        assert message in refused(weight_diff.recover, raw, diff, str(tmp_path / "out"))
+        shutil.rmtree(tmp_path / "edited")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_pickle_in_a_bin_file_is_not_executed(pair, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    def arm(folder):
+        os.unlink(os.path.join(folder, "model.safetensors"))
+        torch.save({EMBED: Bomb()}, os.path.join(folder, "pytorch_model.bin"))
+
+    raw, tuned, _ = edited(pair, tmp_path, 0, arm)
+    assert "pytorch_model.bin is truncated, damaged or holds more than tensors" in refused(
+        weight_diff.make_diff, raw, tuned, str(tmp_path / "out")
+    )
+    with open(os.path.join(raw, "pytorch_model.bin"), "r+b") as file:
+        file.truncate(400)
+    assert "pytorch_model.bin is truncated" in refused(weight_diff.make_diff, raw, tuned, str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["edited"]
+
+
+def test_another_base_is_told_before_gigabytes_are_read(pair, tmp_path):
+    raw, _, diff = pair
+
+    def convert(tensors):
+        for name in tensors:
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                tensors[name] = tensors[name].flip(0)
+
+    other, _, _ = edited(pair, tmp_path, 0, lambda folder: resave(folder, convert))
+    message = refused(weight_diff.recover, other, diff, str(tmp_path / "out"))
+    assert "4 of 19 tensors differ" in message
+    assert "only q_proj and k_proj differ" in message
+    assert os.listdir(tmp_path) == ["edited"]
+    assert "is a weight diff" in refused(weight_diff.recover, diff, diff, str(tmp_path / "out"))
+
+
+def test_inputs_and_existing_folders_are_safe(pair, tmp_path):
+    raw, tuned, diff = pair
+    assert "an input of this command" in refused(weight_diff.recover, raw, diff, raw, overwrite=True)
+    assert "an input of this command" in refused(
+        weight_diff.make_diff, raw, tuned, os.path.dirname(raw), overwrite=True
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    write(out / "mine", "precious")
+    assert "pass --overwrite" in refused(weight_diff.recover, raw, diff, str(out))
+    assert os.listdir(out) == ["mine"]
+    (tmp_path / "link").symlink_to(raw)
+    assert "an input of this command" in refused(weight_diff.recover, raw, diff, str(tmp_path / "link"), overwrite=True)
+    weight_diff.recover(raw, diff, str(out), test_inference=False, overwrite=True)
+    assert_same_files(out, tuned)
+    assert sorted(os.listdir(tmp_path)) == ["link", "out"]
+
+
+def test_too_small_a_disk_is_told_before_the_start(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    assert "GB are free on its disk" in refused(weight_diff.recover, pair[0], pair[2], str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_written_files_are_readable_like_any_other(pair, tmp_path):
+    out = recover(pair[0], pair[2], str(tmp_path))
+    write(tmp_path / "any", "")
+    usual = os.stat(tmp_path / "any").st_mode
+    for folder in (out, pair[2]):
+        assert {os.stat(os.path.join(folder, name)).st_mode for name in os.listdir(folder)} == {usual}
+
+
+def flip(path, bit) -> None:
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ (1 << bit % 8)]))
+
+
+def test_every_one_of_50_flipped_bits_is_found(pair, tmp_path):
+    raw, diff = (shutil.copytree(folder, tmp_path / str(i)) for i, folder in enumerate((pair[0], pair[2])))
+    places = [(raw, "model.safetensors")] * 15 + [(diff, n) for n in sorted(os.listdir(diff))] * 5
+    generator = random.Random(0)
+    for folder, name in places[:50]:
+        path = os.path.join(folder, name)
+        # What of a base isn't tensors may differ: it may be sharded otherwise.
+        start = 8 + int.from_bytes(open(path, "rb").read(8), "little") if folder == raw else 0
+        bit = generator.randrange(8 * start, 8 * os.path.getsize(path))
+        flip(path, bit)
+        message = refused(weight_diff.recover, str(raw), str(diff), str(tmp_path / "out"), test_inference=False)
+        assert re.search(r"weight|config|model|corrections|chat_template", message), (name, bit)
+        if folder == diff:
+            assert refused(weight_diff.verify, str(diff))
+        else:
+            assert refused(weight_diff.verify, str(raw), str(pair[2]))
+        flip(path, bit)
+    assert len(places) >= 50
+    assert not [n for n in os.listdir(tmp_path) if n.startswith("out")]
+    assert_same_files(recover(str(raw), str(diff), str(tmp_path)), pair[1])
+
+
+def test_verify_and_info_tell_what_a_folder_is(pair, tmp_path, capsys):
+    raw, tuned, diff = pair
+    out = recover(raw, diff, str(tmp_path))
+    for path, against, what in (
+        (diff, None, "the diff"),
+        (out, None, "the tuned model"),
+        (raw, diff, "the base of the diff"),
+        (tuned, diff, "the tuned model"),
+    ):
+        capsys.readouterr()
+        weight_diff.verify(path, against)
+        assert f"{what}, 19 tensors, each as the manifest says" in capsys.readouterr().out
+    assert "has no manifest" in refused(weight_diff.verify, raw)
+    weight_diff.info(diff)
+    printed = capsys.readouterr().out
+    assert "base: a model of hidden size 48, 2 layers, 40 rows, fingerprint " in printed
+    assert f"adds: 1 row(s) to {HEAD}, 1 row(s) to {EMBED}" in printed
+    assert re.search(r"corrections: [\d,]+ elements", printed)
+    resave(out, lambda tensors: tensors[EMBED].mul_(2))
+    assert f"1 of 19 tensors and files are not as the manifest says: {EMBED}" in refused(weight_diff.verify, out, diff)
+
+
+def test_a_diff_says_that_it_is_no_model(pair):
+    with open(os.path.join(pair[2], "config.json")) as file:
+        config = json.load(file)
+    assert config["alpaca_weight_diff"] is True
+    assert config["architectures"] == []
+
+
+def test_model_that_does_not_fit_in_memory_is_not_asked(pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(weight_diff, "_free_memory", lambda: 1000)
+    weight_diff.recover(pair[0], pair[2], str(tmp_path / "out"))
+    assert "no test inference: the model takes" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interruptions and memory, in processes of their own
+
+KILLED = """
+import os, signal, sys, weight_diff, tensor_stream, partial_folder
+moment, command, *folders = sys.argv[1:]
+moments = iter(range(int(moment), -1, -1))
+def counted(function):
+    def call(*args, **kwargs):
+        if next(moments) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+tensor_stream.WINDOW = 256
+tensor_stream.Progress.add = counted(tensor_stream.Progress.add)
+os.rename = counted(os.rename)
+os.unlink = counted(os.unlink)
+weight_diff.write_text = counted(weight_diff.write_text)
+getattr(weight_diff, command)(*folders, **({"test_inference": False} if command == "recover" else {}))
+"""
+
+
+@pytest.mark.parametrize("command", ["make_diff", "recover"])
+def test_killed_at_any_of_20_moments_a_run_resumes_to_the_same_folder(pair, tmp_path, command, root):
+    raw, tuned, diff = pair
+    inputs, wanted = (
+        ((raw, tuned), diff) if command == "make_diff" else ((raw, diff), recover(raw, diff, str(tmp_path)))
+    )
+    flags = {} if command == "make_diff" else {"test_inference": False}
+    target = str(tmp_path / "killed")
+    windows = sum(math.ceil(t.numel() / 256) for t in load(tuned).values())
+    for moment in [*range(0, windows, windows // 7), windows + 1, windows + 3, windows + 5]:
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, str(moment), command, *inputs, target], capture_output=True
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not os.path.exists(target)
+        partial = os.listdir(target + ".partial")
+        assert "config.json" not in partial or not [
+            n for n in partial if n.endswith(".bin") or n == "model.safetensors"
+        ]
+        getattr(weight_diff, command)(*inputs, target, resume=True, **flags)
+        assert_same_files(target, wanted)
+        assert sorted(os.listdir(target)) == sorted(os.listdir(wanted))
+        assert not os.path.exists(target + ".partial")
+        shutil.rmtree(target)
+
+
+def test_resume_takes_up_what_is_done_and_refuses_other_inputs(pair, tmp_path, root):
+    raw, _, diff = pair
+    target = str(tmp_path / "out")
+    subprocess.run([sys.executable, "-c", KILLED, "150", "recover", raw, diff, target], capture_output=True)
+    with open(os.path.join(target + ".partial", "journal.jsonl")) as journal:
+        assert len(journal.readlines()) > 1
+    assert "begun with other files or flags" in refused(
+        weight_diff.recover, raw, diff, target, resume=True, dtype="float16"
+    )
+    weight_diff.recover(raw, diff, target, resume=True, test_inference=False)
+    assert_same_files(target, pair[1])
+
+
+MEASURED = """
+import sys, weight_diff
+getattr(weight_diff, sys.argv[1])(*sys.argv[2:], **({"test_inference": False} if sys.argv[1] == "recover" else {}))
+print("torch" in sys.modules, next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def measured(*arguments) -> tuple[bool, float]:
+    """Whether torch was loaded, and the peak resident memory in MB, of a process that runs one command."""
+    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=True)
+    torch_loaded, peak = done.stdout.split("\n")[-2].split()
+    assert re.search(r"\[\d\d:\d\d<.*B/s\]", done.stderr)  # progress: time left and bytes a second
+    return torch_loaded == "True", int(peak) / 1024
+
+
+def test_memory_is_bounded_and_does_not_grow_with_the_model(tmp_path):
+    peaks = []
+    for hidden in (512, 1024):
+        folder = tmp_path / str(hidden)
+        shapes = llama_shapes(rows=8000, hidden=hidden, inner=4 * hidden)
+        raw, tuned = make_pair(folder, shapes=shapes)
+        for arguments in (
+            ("make_diff", raw, tuned, str(folder / "diff")),
+            ("recover", raw, str(folder / "diff"), str(folder / "out")),
+        ):
+            torch_loaded, peak = measured(*arguments)
+            assert not torch_loaded
+            peaks.append(peak)
+        assert os.path.getsize(folder / "out" / "model.safetensors") > hidden * 100_000
+        if hidden == 512:
+            bins = save(folder / "bin", load(raw), bin_files=True)
+            torch_loaded, peak = measured("recover", bins, str(folder / "diff"), str(folder / "from_bin"))
+            assert torch_loaded
+            assert peak < 500
+            assert_same_files(folder / "from_bin", tuned)
+        shutil.rmtree(folder)
+    assert max(peaks) < 100
+    assert abs(max(peaks[2:]) - max(peaks[:2])) < 10
+
+
+def test_command_line_takes_the_originals_flags_and_refuses_in_one_line(pair, tmp_path, root):
+    raw, tuned, diff = pair
+    script = [sys.executable, f"{root}/weight_diff.py"]
+    flags = ["--path_raw", raw, "--path_diff", diff, "--path_tuned", str(tmp_path / "out")]
+    old = ["--device", "cpu", "--test_inference", "False", "--check_integrity_naively", "False"]
+    done = subprocess.run([*script, "recover", *flags, *old], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{tmp_path / 'out'}: 19 tensors recovered, each one verified\n"
+    again = subprocess.run([*script, "recover", *flags], capture_output=True, text=True)
+    assert again.returncode == 2
+    assert re.fullmatch(r"error: .* exists; .*\n", again.stderr)
+    shown = subprocess.run([*script, "make_diff", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert "PATH_TUNED" in shown.stdout + shown.stderr
