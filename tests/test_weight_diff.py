@@ -454,7 +454,7 @@ def test_a_pickle_in_a_bin_file_is_not_executed(pair, tmp_path):
 
 
 def test_another_base_is_told_before_gigabytes_are_read(pair, tmp_path):
-    raw, _, diff = pair
+    diff = pair[2]
 
     def convert(tensors):
         for name in tensors:
@@ -516,7 +516,7 @@ def test_every_one_of_50_flipped_bits_is_found(pair, tmp_path):
     for folder, name in places[:50]:
         path = os.path.join(folder, name)
         # What of a base isn't tensors may differ: it may be sharded otherwise.
-        start = 8 + int.from_bytes(open(path, "rb").read(8), "little") if folder == raw else 0
+        start = checkpoint_files.read_header(path)[0][0].offset if folder == raw else 0
         bit = generator.randrange(8 * start, 8 * os.path.getsize(path))
         flip(path, bit)
         message = refused(weight_diff.recover, str(raw), str(diff), str(tmp_path / "out"), test_inference=False)
@@ -604,9 +604,8 @@ def test_killed_at_any_of_20_moments_a_run_resumes_to_the_same_folder(pair, tmp_
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert not os.path.exists(target)
         partial = os.listdir(target + ".partial")
-        assert "config.json" not in partial or not [
-            n for n in partial if n.endswith(".bin") or n == "model.safetensors"
-        ]
+        weights = [n for n in partial if n.endswith(".safetensors") and n != "corrections.safetensors"]
+        assert moment >= windows or (not weights and "config.json" not in partial)
         getattr(weight_diff, command)(*inputs, target, resume=True, **flags)
         assert_same_files(target, wanted)
         assert sorted(os.listdir(target)) == sorted(os.listdir(wanted))
@@ -644,7 +643,7 @@ def measured(*arguments) -> tuple[bool, float]:
 
 def test_memory_is_bounded_and_does_not_grow_with_the_model(tmp_path):
     peaks = []
-    for hidden in (512, 1024):
+    for hidden in (256, 640):
         folder = tmp_path / str(hidden)
         shapes = llama_shapes(rows=8000, hidden=hidden, inner=4 * hidden)
         raw, tuned = make_pair(folder, shapes=shapes)
@@ -655,8 +654,8 @@ def test_memory_is_bounded_and_does_not_grow_with_the_model(tmp_path):
             torch_loaded, peak = measured(*arguments)
             assert not torch_loaded
             peaks.append(peak)
-        assert os.path.getsize(folder / "out" / "model.safetensors") > hidden * 100_000
-        if hidden == 512:
+        assert os.path.getsize(folder / "out" / "model.safetensors") > hidden * 70_000
+        if hidden == 256:
             bins = save(folder / "bin", load(raw), bin_files=True)
             torch_loaded, peak = measured("recover", bins, str(folder / "diff"), str(folder / "from_bin"))
             assert torch_loaded
@@ -668,7 +667,7 @@ def test_memory_is_bounded_and_does_not_grow_with_the_model(tmp_path):
 
 
 def test_command_line_takes_the_originals_flags_and_refuses_in_one_line(pair, tmp_path, root):
-    raw, tuned, diff = pair
+    raw, _, diff = pair
     script = [sys.executable, f"{root}/weight_diff.py"]
     flags = ["--path_raw", raw, "--path_diff", diff, "--path_tuned", str(tmp_path / "out")]
     old = ["--device", "cpu", "--test_inference", "False", "--check_integrity_naively", "False"]
