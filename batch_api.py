@@ -50,7 +50,7 @@ async def ask_in_batches(run: Run, client: Client, output_dir: str) -> None:
         answers, errors = await _results(client, batch)
         run.take({index: answer for index, answer in answers.items() if index not in run.journal.records})
         os.unlink(state_path)
-        failures.update(errors)
+        failures.update(list(errors))
         _check_errors(run, client, state, batch, answers, errors, failures)
         run.commit()
         run.show(run)

@@ -74,6 +74,7 @@ class Client:
     max_tokens: int | None = field(default=None, init=False)
     _renamed: dict[str, str | None] = field(default_factory=dict, init=False)  # parameter -> new name, None: dropped
     _answered: bool = field(default=False, init=False)
+    _first_api: str = field(default="chat", init=False)  # that "auto" tries
     _not_before: float = field(default=0.0, init=False)
     _given_up: bool = field(default=False, init=False)
 
@@ -144,10 +145,10 @@ class Client:
                 api, body = self.request(prompt, model, parameters)
                 try:
                     completion = await self._send(api, body)
-                    self._answered, self.api = True, api
+                    self._settle_on(api)
                     return completion
                 except openai.APIStatusError as error:
-                    if self.learns_from(error, body, api):
+                    if self.learns_from(error, body, api) or self._tries_other_api(error, api):
                         continue
                     if error.code == "content_filter":  # Azure refuses such a prompt; asking again changes nothing
                         return Completion("", "content_filter", None)
@@ -193,7 +194,7 @@ class Client:
         for name in _NEW_NAMES:
             if name in sent and self.max_tokens is not None:
                 sent[name] = min(sent[name], self.max_tokens)
-        if self.api == "completions":
+        if self.api == "completions" or (self.api == "auto" and self._first_api == "completions"):
             text = prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
             return "completions", {"model": model, "prompt": text, **sent}
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -219,8 +220,7 @@ class Client:
         message = _text_of(error.body)
         if api == "chat" and self.api != "chat" and _speaks_no_chat(error, message):
             if self.api == "auto":
-                self.api = "completions"
-                self.log("The server has no chat for this model; using /completions.")
+                self._settle_on("completions")
             return True
         if error.status_code not in (400, 422):
             return False
@@ -236,6 +236,22 @@ class Client:
             self._renamed[original] = new
             self.log(f"The server refuses {name}; " + (f"sending {new} instead." if new else "leaving it out."))
         return True
+
+    def _settle_on(self, api: str) -> None:
+        if self.api == "auto" and api == "completions":
+            self.log("The server has no chat for this model; using /completions.")
+        self._answered, self.api = True, api
+
+    def _tries_other_api(self, error: Any, api: str) -> bool:
+        """Before the first answer: `transformers serve` meets a model without a chat template with a bare 500.
+
+        Returns:
+            Whether to send the request again at once; after a 500 it waits as after any.
+        """
+        if self.api != "auto":
+            return False
+        self._first_api = "completions" if api == "chat" and error.status_code == 500 else "chat"
+        return api == "completions" and error.status_code < 500
 
     def _lower_max_tokens(self, name: str, value: int) -> bool:
         lowered = int(value * 0.8)  # the original's step

@@ -164,7 +164,9 @@ async def ask_live(run: Run, client: Client) -> None:
             if not tasks:
                 break
             run.show(run)
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                continue
             answers = {}
             for task in done:
                 index = tasks.pop(task)

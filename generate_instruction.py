@@ -248,7 +248,7 @@ def generate_instruction_following_data(
             settings["earlier_tasks"] = _sha256(json.dumps(earlier))
         pool = RougePool([task["instruction"] for task in [*prompts.seed_tasks, *earlier]], num_cpus)
         harvest = Harvest(rules, num_prompt_instructions, num_instructions_to_generate, pool, earlier)
-        progress = Progress(num_instructions_to_generate, len(earlier))
+        progress = Progress()
 
         async def ask() -> Run:
             async with Client(base_url, api, max_retries, request_timeout, progress.log) as client:
@@ -271,11 +271,10 @@ def generate_instruction_following_data(
                 )
                 try:
                     await (ask_in_batches(run, client, output_dir) if batch_api else ask_live(run, client))
-                finally:
-                    progress.close()
-                    if journal.records:
-                        run.save()
-                        print(closing_table(run))
+                except UserError:
+                    _finish(run, progress)
+                    raise
+                _finish(run, progress)
                 return run
 
         run = asyncio.run(ask())
@@ -285,6 +284,13 @@ def generate_instruction_following_data(
         )
     if run.interrupted:
         raise KeyboardInterrupt
+
+
+def _finish(run: Run, progress: Progress) -> None:
+    progress.close()
+    if run.journal.records:
+        run.save()
+        print(closing_table(run))
 
 
 @contextlib.contextmanager

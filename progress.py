@@ -3,6 +3,8 @@
 import sys
 import time
 
+from tqdm import tqdm
+
 from dispatch import Run
 from harvest import Harvest
 
@@ -10,36 +12,42 @@ from harvest import Harvest
 class Progress:
     """A bar of the tasks kept on a terminal, now and then a plain line elsewhere; both on stderr."""
 
-    def __init__(self, target: int, kept: int) -> None:
-        """Begins at the tasks that are kept already."""
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=target, initial=kept, unit=" tasks", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        self._said, self._started, self._first = 0.0, time.monotonic(), kept
+    def __init__(self) -> None:
+        """Shows nothing before the first `show`."""
+        self._bar: tqdm | None = None
+        self._said = 0.0
 
     def log(self, line: str) -> None:
-        """Prints a line above the bar."""
-        self._bar.write(line, file=sys.stderr)
+        """Prints a line, above the bar where there is one."""
+        tqdm.write(line, file=sys.stderr)
 
     def show(self, run: Run) -> None:
-        """Brings the bar up to date."""
-        kept, spent = len(run.harvest.kept), run.spending
-        figures = (
-            f"{run.in_flight} in flight, {run.harvest.kept_per_answer:.1f} kept an answer, {sum(spent.tokens):,} tokens"
-        )
+        """Brings the bar up to date; it begins at the tasks that an earlier sitting kept."""
+        harvest, spent, kept = run.harvest, run.spending, len(run.harvest.kept)
+        if self._bar is None:
+            off = not sys.stderr.isatty()
+            self._bar = tqdm(total=harvest.target, initial=kept, unit=" tasks", disable=off, dynamic_ncols=True)
+            self._began, self._first = time.monotonic(), kept
+        figures = f"{run.in_flight} requests in flight, {harvest.kept_per_answer:.1f} tasks kept of each"
+        figures += f", {sum(spent.tokens):,} tokens"
         if spent.prices and kept:
             figures += f", ${spent.cost / kept:.5f} a task"
-        self._bar.set_postfix_str(figures, refresh=False)
-        self._bar.update(kept - self._bar.n)  # redraws at most ten times a second
-        if self._bar.disable and time.monotonic() - self._said > 10:
-            self._said = time.monotonic()
-            pace = (kept - self._first) / (self._said - self._started + 1e-9)
-            left = f", {run.harvest.room / pace / 60:.0f} min left" if pace > 0 else ""
-            print(f"{kept} of {run.harvest.target} tasks kept, {figures}{left}", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if now - self._said < (10 if self._bar.disable else 0.1) and harvest.room:
+            return
+        self._said = now
+        if not self._bar.disable:
+            self._bar.n = kept
+            self._bar.set_postfix_str(figures)
+        else:
+            pace = (kept - self._first) / max(now - self._began, 1e-9)
+            left = f", {harvest.room / pace / 60:.0f} min left" if pace and harvest.room else ""
+            self.log(f"{kept} of {harvest.target} tasks kept, {figures}{left}")
 
     def close(self) -> None:
         """Leaves the bar standing."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def closing_table(run: Run) -> str:
