@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,35 +45,33 @@ def load_tokenizer(name_or_path: str, model_max_length: int, cache_dir: str | No
     """
     from transformers import AutoTokenizer
 
-    notes = []
-    spm_file = _find_file(name_or_path, "tokenizer.model", cache_dir)
     settings = dict(model_max_length=model_max_length, padding_side="right", cache_dir=cache_dir)
-    if spm_file and (proto := _read_sentencepiece(spm_file)):
-        config = _tokenizer_config(name_or_path, cache_dir)
-        pieces = {"bos_token": proto.trainer_spec.bos_id, "eos_token": proto.trainer_spec.eos_id}
-        pieces["unk_token"] = proto.trainer_spec.unk_id
-        for name, piece_id in pieces.items():
-            if not _content(config.get(name)) and piece_id >= 0:
-                settings[name] = proto.pieces[piece_id].piece
-                if name in config:
-                    notes.append(f"{name} is empty in the tokenizer's config; taking {settings[name]}")
-        if config.get("add_bos_token") is None:
-            settings["add_bos_token"] = True
-        from transformers import LlamaTokenizer
+    spm_file = _find_file(name_or_path, "tokenizer.model", cache_dir)
+    proto = _read_sentencepiece(spm_file) if spm_file else None
+    config = _tokenizer_config(name_or_path, cache_dir) if proto else {}
+    named = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast", "LLaMATokenizer", None)
+    if proto and named and proto.trainer_spec.model_type == 2:  # BPE
+        return _load_llama_tokenizer(name_or_path, proto, config, settings)
+    return AutoTokenizer.from_pretrained(name_or_path, **settings), []
 
-        known = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast", "LLaMATokenizer", None)
-        loader = LlamaTokenizer if known and proto.trainer_spec.model_type == 2 else AutoTokenizer
-        if loader is LlamaTokenizer:
-            settings["legacy"] = True
-        tokenizer = loader.from_pretrained(name_or_path, **settings)
-        if loader is LlamaTokenizer:
-            # Saved with the checkpoint, where transformers drops it: without it the text after a chat template's <s>
-            # loses its prefix space, and a server's prompt begins "Bel|ow" instead of "▁Below".
-            tokenizer.init_kwargs["legacy"] = True
-        if known and proto.trainer_spec.model_type == 2 and _mend_merges(tokenizer, proto, spm_file):
-            notes.append("tokens of double spaces mended: BPE merges follow sentencepiece's scores again")
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **settings)
+
+def _load_llama_tokenizer(name_or_path: str, proto, config: dict, settings: dict):
+    from transformers import LlamaTokenizer
+
+    notes, spec = [], proto.trainer_spec
+    for name, piece_id in (("bos_token", spec.bos_id), ("eos_token", spec.eos_id), ("unk_token", spec.unk_id)):
+        if not _content(config.get(name)) and piece_id >= 0:
+            settings[name] = proto.pieces[piece_id].piece
+            if name in config:
+                notes.append(f"{name} is empty in the tokenizer's config; taking {settings[name]}")
+    if config.get("add_bos_token") is None:
+        settings["add_bos_token"] = True
+    tokenizer = LlamaTokenizer.from_pretrained(name_or_path, legacy=True, **settings)
+    # Saved with the checkpoint, where transformers drops it: without it the text after a chat template's <s> loses its
+    # prefix space, and a server's prompt begins "Bel|ow" instead of "▁Below".
+    tokenizer.init_kwargs["legacy"] = True
+    if _mend_merges(tokenizer, proto):
+        notes.append("BPE merges put into the order of sentencepiece's scores (double spaces tokenized differently)")
     return tokenizer, notes
 
 
@@ -131,22 +130,19 @@ def sentencepiece_merges(proto) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(merges)]
 
 
-def _mend_merges(tokenizer, proto, spm_file: str) -> bool:
-    """Makes the tokenizer split as sentencepiece does; returns whether it did not already."""
-    import sentencepiece
+def _mend_merges(tokenizer, proto) -> bool:
+    """Makes the tokenizer split as sentencepiece does; returns whether its merges had another order."""
     from tokenizers import normalizers
     from tokenizers.models import BPE
 
-    reference = sentencepiece.SentencePieceProcessor(model_file=spm_file)
-    probe = "Below is  a   probe.\n\n    def f( x ):\n        return  'a  b'\t" + " " * 23 + "1,000  done"
-    backend = tokenizer.backend_tokenizer
-    if backend.encode(probe, add_special_tokens=False).ids == reference.encode(probe):
-        return False
-    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    backend.model = BPE(vocab=vocab, merges=sentencepiece_merges(proto), fuse_unk=True, byte_fallback=True)
+    backend, merges = tokenizer.backend_tokenizer, sentencepiece_merges(proto)
+    loaded = json.loads(backend.to_str())["model"]
+    if loaded["vocab"] != (vocab := {piece.piece: i for i, piece in enumerate(proto.pieces)}):
+        return False  # tokenizer.json holds another vocabulary than tokenizer.model, and it is the one in use
+    backend.model = BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True)
     backend.pre_tokenizer = None
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return True
+    return [tuple(pair) for pair in loaded["merges"]] != merges
 
 
 def special_tokens_to_add(tokenizer, may_grow: bool = True) -> dict[str, str]:
@@ -282,14 +278,14 @@ def tokenize_once(examples: Sequence[Mapping], tokenizer, cache_dir: str | None 
         with np.load(path) as cached:
             fields = {key: cached[key] for key in cached.files}
         return TokenizedExamples(**{**fields, "truncated": int(fields["truncated"])})
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        pass  # not there, or not whole
     tokenized = tokenize_examples(sources, targets, tokenizer, progress)
     try:
         with atomic_write(path, "wb") as file:
             np.savez(file, **vars(tokenized))
-    except OSError as error:
-        print(f"tokens not cached: cannot write {path} ({error.strerror})")
+    except UserError as error:
+        print(f"tokens not cached: {error}")
     return tokenized
 
 
