@@ -170,3 +170,4 @@ def test_the_readmes_counts_are_those_of_the_data(root, examples, seed_tasks, re
     assert f"{len(examples):,} instruction-following tasks, {share:.0%}".replace("%", " %") in readme
     assert f"{len(seed_tasks)} tasks in Self-Instruct's schema; {inputs} have an input, {classify} classify" in readme
     assert f"{len(recording)} completions" in readme
+    assert f"| {len(examples):,} of our own" in readme
