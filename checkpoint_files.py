@@ -22,6 +22,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 # numpy has no bfloat16: its bits travel as uint16.
 STORED = {name: np.dtype(kind) for name, kind in (("F32", "<f4"), ("F16", "<f2"), ("BF16", "<u2"), ("U32", "<u4"))}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_LLAMA = {(4096, 32): "7B", (5120, 40): "13B", (6656, 60): "30B", (8192, 80): "65B"}
 _WIDEST_FIRST = ("U32", "F32", "BF16", "F16")  # how safetensors' own writer orders a file's tensors
 
 
@@ -51,6 +52,28 @@ class Checkpoint:
     folder: str
     tensors: dict[str, Tensor]
     metadata: dict[str, dict | None] = field(default_factory=dict)
+
+    @property
+    def embedding(self) -> str | None:
+        """The input embedding's name."""
+        return next((name for name in self.tensors if name.endswith("embed_tokens.weight")), None)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Hidden size and number of layers, by the tensors."""
+        layers = {int(n) for name in self.tensors for n in re.findall(r"\.layers\.(\d+)\.", name)}
+        return self.tensors[self.embedding].shape[-1] if self.embedding else 0, len(layers)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the input embedding."""
+        return self.tensors[self.embedding].shape[0] if self.embedding else 0
+
+    @property
+    def looks_like(self) -> str:
+        """What the shapes say about the model, in words."""
+        name = f"LLaMA-{_LLAMA[self.size]}" if self.size in _LLAMA else "a model"
+        return f"{name} of hidden size {self.size[0]}, {self.size[1]} layers, {self.rows:,} rows"
 
     def layout(self) -> dict[str, list[str]]:
         """File name -> names of its tensors; empty for a checkpoint that isn't safetensors."""

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from checkpoint_files import DTYPES, Checkpoint, Output, Tensor, plan_output, read_checkpoint
+from corrections import CorrectionReader, CorrectionSpool, CorrectionWriter, read_corrections
 from diff_manifest import (
     CORRECTIONS,
     INDEX,
@@ -36,31 +37,25 @@ from diff_manifest import (
     write_manifest,
     write_text,
 )
+from pairing import Pairs, check_base, match_tensors, mean_rows, pair_sizes, read_diff, read_model, tied_copies
 from partial_folder import SPOOL, SUFFIX, PartialFolder, run_with_bar
 from tensor_stream import (
     Base,
-    CorrectionReader,
-    CorrectionSpool,
-    CorrectionWriter,
     Progress,
     Sink,
     Source,
     add,
     copy_tensor,
-    mean_row,
     projection,
-    read_corrections,
     sha256_of,
     subtract,
 )
 from utils import UserError, format_prompt, run_cli
 
-LM_HEAD = "lm_head.weight"
 # The sum of all elements of tatsu-lab's alpaca-7b that the original's `recover` asks for, and the part of it that comes
 # from the rotary buffers, which checkpoints held then: 32 layers of sum(10000 ** (-i / 64) for i in range(64)).
 ALPACA_7B_SUM = 50637.1836
 ROTARY_7B_SUM = 238.72
-_LLAMA = {(4096, 32): "7B", (5120, 40): "13B", (6656, 60): "30B", (8192, 80): "65B"}
 
 
 def make_diff(
@@ -80,10 +75,10 @@ def make_diff(
         UserError: the two don't belong together, a file is damaged, the target exists or the disk is too small.
     """
     work = PartialFolder(path_diff, [path_raw, path_tuned], overwrite, resume)
-    raw, tuned = _read_model(path_raw, "--path_raw"), _read_model(path_tuned, "--path_tuned")
-    pairs = _match(raw, tuned)
+    raw, tuned = read_model(path_raw, "--path_raw"), read_model(path_tuned, "--path_tuned")
+    pairs = match_tensors(raw, tuned)
     specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tuned.tensors.items()}
-    layout, copies = tuned.layout(), _copies(tuned)
+    layout, copies = tuned.layout(), tied_copies(tuned)
     for copy, name in copies.items():
         specs[copy] = specs[name]
         for names in layout.values():
@@ -92,7 +87,7 @@ def make_diff(
         output = plan_output(work.folder, specs, layout, tuned.metadata, SUFFIX)
         done = work.begin(output, {"make_diff": [raw.identity(), tuned.identity()]})
         spool = CorrectionSpool(os.path.join(work.folder, SPOOL))
-        means = _mean_rows(pairs)
+        means = mean_rows(pairs)
 
         def job(name: str) -> None:
             base, other = pairs[name]
@@ -109,7 +104,7 @@ def make_diff(
             entry["raw"]["probe"] = probe(base, base.dtype)
             work.finish(name, {"entry": entry, "chunks": corrections.chunks})
 
-        work.run("make_diff", _sizes(pairs), job)
+        work.run("make_diff", pair_sizes(pairs), job)
         for copy, name in copies.items():
             copy_tensor(output.tensors[name], output.tensors[copy])
         chunks = {name: done[name]["chunks"] for name in sorted(pairs) if done[name]["chunks"]}
@@ -138,7 +133,7 @@ def _finish_diff(
         config["tie_word_embeddings"] = False
     manifest = {
         "kind": "diff",
-        "base": {"fingerprint": fingerprint({n: e["raw"] for n, e in entries.items()}), "is": _looks_like(raw)},
+        "base": {"fingerprint": fingerprint({n: e["raw"] for n, e in entries.items()}), "is": raw.looks_like},
         "carried": carried,
         "copies": copies,
         "tensors": entries,
@@ -188,18 +183,18 @@ def recover(
     if dtype not in (None, *DTYPES):
         raise UserError(f"--dtype must be {', '.join(DTYPES)}, found {dtype!r}")
     work = PartialFolder(path_tuned, [path_raw, path_diff], overwrite, resume)
-    raw, diff, manifest = _read_model(path_raw, "--path_raw"), *_read_diff(path_diff)
-    pairs = _match(raw, diff)
+    raw, diff, manifest = read_model(path_raw, "--path_raw"), *read_diff(path_diff)
+    pairs = match_tensors(raw, diff)
     if manifest:
-        _check_base(raw, pairs, manifest)
+        check_base(raw, pairs, manifest)
     else:
         print(f"{path_diff} has no manifest: what is recovered is raw + diff in float32, and cannot be verified")
     specs = {name: (DTYPES[dtype] if dtype else tensor.dtype, tensor.shape) for name, tensor in diff.tensors.items()}
     with work:
         output = plan_output(work.folder, specs, diff.layout(), diff.metadata, SUFFIX)
-        done = work.begin(output, {"recover": [raw.identity(), diff.identity(), dtype, manifest]})
+        done = work.begin(output, {"recover": [raw.identity(), diff.identity(), dtype]})
         job = _Addition(raw, diff, manifest, pairs, output, work)
-        work.run("recover", _sizes(pairs), job)
+        work.run("recover", pair_sizes(pairs), job)
         entries = {name: done[name]["entry"] for name in pairs}
         _finish_model(path_diff, manifest, dtype, output, entries)
         work.publish()
@@ -220,18 +215,18 @@ class _Addition:
         raw: Checkpoint,
         diff: Checkpoint,
         manifest: dict[str, Any] | None,
-        pairs: dict[str, tuple[Tensor, Tensor]],
+        pairs: Pairs,
         output: Output,
         work: PartialFolder,
     ):
         self._pairs, self._output, self._work = pairs, output, work
         self._entries = manifest["tensors"] if manifest else {}
         self._corrections = read_corrections(os.path.join(diff.folder, CORRECTIONS)) if manifest else None
-        self._means = _mean_rows(pairs)
+        self._means = mean_rows(pairs)
         # The original subtracts a tied embedding's base twice, once under each name, and adds it twice.
-        embedding = _embedding(diff)
-        twice = not manifest and is_tied(read_config(diff.folder)) and projection(*reversed(pairs[embedding])) < -0.5
-        self._twice = embedding if twice else None
+        tied = manifest is None and diff.embedding and is_tied(read_config(diff.folder))
+        twice = tied and projection(*reversed(pairs[diff.embedding])) < -0.5
+        self._twice = diff.embedding if twice else None
 
     def __call__(self, name: str) -> None:
         base, diff = self._pairs[name]
@@ -306,17 +301,25 @@ class Recovered:
         return self._loaded
 
     def answer(self) -> None:
-        """Answers one instruction, if the model fits in memory."""
-        if self._loaded is None:
-            size, free = sum(os.path.getsize(entry) for entry in os.scandir(self.path)), _free_memory()
-            if size * 1.2 > free:
-                print(f"no test inference: the model takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free")
-                return
+        """Answers one instruction, if the model has a tokenizer and fits in memory."""
+        obstacle = self._obstacle() if self._loaded is None else None
+        if obstacle:
+            print(f"no test inference: {obstacle}")
+            return
         model, tokenizer = self.load()
         prompt = format_prompt({"instruction": "List three technologies that make life easier."})
         inputs = tokenizer(prompt, return_tensors="pt").to(self._device)
         tokens = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
         print(f"Input: {prompt}\nCompletion: {tokenizer.decode(tokens, skip_special_tokens=True)}")
+
+    def _obstacle(self) -> str | None:
+        files = list(os.scandir(self.path))
+        if not any(file.name.startswith(("tokenizer", "vocab")) for file in files):
+            return f"{self.path} has no tokenizer"
+        size, free = sum(file.stat().st_size for file in files), _free_memory()
+        if size * 1.2 > free:
+            return f"the model takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free"
+        return None
 
 
 def _free_memory() -> int:
@@ -330,8 +333,8 @@ def _free_memory() -> int:
 def _naive_integrity(total: float, diff: Checkpoint) -> str:
     """What the sum of all elements says; it is blind to anything that is moved rather than changed."""
     text = f"sum of all recovered elements, in float64: {total:.4f}"
-    embedding = diff.tensors[_embedding(diff)]
-    if embedding.shape != (32001, 4096) or _size(diff) != (4096, 32):
+    embedding = diff.tensors[diff.embedding]
+    if embedding.shape != (32001, 4096) or diff.size != (4096, 32):
         return text
     for found, how in ((total + ROTARY_7B_SUM, "with the rotary buffers of old checkpoints"), (total, "as it is")):
         if abs(found - ALPACA_7B_SUM) < 0.1:
@@ -391,9 +394,9 @@ def info(path_diff: str) -> None:
     diff, manifest = read_checkpoint(path_diff), read_manifest(path_diff)
     size, dtypes = sum(t.nbytes for t in diff.tensors.values()), sorted({t.dtype for t in diff.tensors.values()})
     types = ", ".join(name for name, kind in DTYPES.items() if kind in dtypes)
-    print(f"holds: {len(diff.tensors)} tensors, {size / 1e9:.3f} GB in {types}; {_looks_like(diff)}")
+    print(f"holds: {len(diff.tensors)} tensors, {size / 1e9:.3f} GB in {types}; {diff.looks_like}")
     if not manifest or manifest["kind"] != "diff":
-        rows = diff.tensors[_embedding(diff)].shape[0]
+        rows = diff.tensors[diff.embedding].shape[0]
         print(f"no manifest: made by another tool; base, corrections and hashes are unknown, it has {rows:,} rows")
         return
     entries = manifest["tensors"]
@@ -405,122 +408,6 @@ def info(path_diff: str) -> None:
     count = sum(entry["corrections"] for entry in entries.values())
     print(f"corrections: {count:,} elements, {os.path.getsize(os.path.join(path_diff, CORRECTIONS)) / 1e6:.1f} MB")
     print(f"made with: {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What belongs together
-
-
-def _read_model(path: str, flag: str) -> Checkpoint:
-    """A model's tensors; a tied output embedding is left out, whether or not it was saved."""
-    if os.path.isdir(path) and read_config(path).get(MARK):
-        raise UserError(f"{flag} {path} is a weight diff; expected a model (recover makes one of it)")
-    found = read_checkpoint(path)
-    if is_tied(read_config(path)):
-        found.tensors.pop(LM_HEAD, None)
-    return found
-
-
-def _read_diff(path: str) -> tuple[Checkpoint, dict[str, Any] | None]:
-    """A diff's tensors and its manifest, with all that isn't a tensor verified."""
-    found, manifest = read_checkpoint(path), read_manifest(path)
-    if manifest is None:
-        if is_tied(read_config(path)):
-            found.tensors.pop(LM_HEAD, None)
-        return found, None
-    if manifest["kind"] != "diff":
-        raise UserError(f"--path_diff {path} is a recovered model, not a diff")
-    wrong = differing_files(path, manifest)
-    for copy, name in manifest["copies"].items():
-        entry, tensor = manifest["tensors"][name]["diff"], found.tensors.pop(copy, None)
-        if tensor is None or sha256_of(tensor, entry["dtype"], Progress()) != entry["sha256"]:
-            wrong.append(copy)
-    wrong += sorted(manifest["tensors"].keys() ^ found.tensors.keys())
-    if wrong:
-        raise UserError(f"{path}: {', '.join(wrong[:5])} not as the manifest says; download the diff again")
-    return found, manifest
-
-
-def _match(raw: Checkpoint, other: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
-    """Pairs the base's tensors with those of a tuned model or a diff, by name and shape.
-
-    Returns:
-        Tensor name -> (base's, other's); only embeddings may have more rows than the base's.
-    """
-    bases = dict(raw.tensors)
-    if LM_HEAD in other.tensors and LM_HEAD not in bases and is_tied(read_config(raw.folder)):
-        bases[LM_HEAD] = bases[_embedding(raw)]
-    if LM_HEAD not in other.tensors and is_tied(read_config(other.folder)):
-        bases.pop(LM_HEAD, None)
-    problems = []
-    for name, tensor in other.tensors.items():
-        shape = bases[name].shape if name in bases else tensor.shape
-        grows = name.endswith(("embed_tokens.weight", LM_HEAD)) and shape[1:] == tensor.shape[1:]
-        if shape != tensor.shape and not (grows and shape[0] < tensor.shape[0]):
-            problems.append(f"{name} is {list(shape)} in {raw.folder} and {list(tensor.shape)} in {other.folder}")
-        if tensor.numel >= 1 << 32:
-            problems.append(f"{name} has {tensor.numel:,} elements; a diff's tensors have less than {1 << 32:,}")
-    problems += [f"{other.folder} lacks {name}, which {raw.folder} has" for name in bases if name not in other.tensors]
-    problems += [f"{raw.folder} lacks {name}, which {other.folder} has" for name in other.tensors if name not in bases]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{more}; {_likely_mistake(raw, other)}")
-    return {name: (bases[name], tensor) for name, tensor in other.tensors.items()}
-
-
-def _likely_mistake(raw: Checkpoint, other: Checkpoint) -> str:
-    if _size(raw) != _size(other):
-        return f"{raw.folder} is {_looks_like(raw)}, {other.folder} needs {_looks_like(other)}"
-    rows, wanted = (c.tensors[_embedding(c)].shape[0] if _embedding(c) else 0 for c in (raw, other))
-    if rows > wanted:
-        return f"{raw.folder} already has {rows - wanted} added rows, as a tuned model has; take the base as published"
-    return "take the base that the model was tuned from, and download it again if a file is missing"
-
-
-def _embedding(checkpoint: Checkpoint) -> str | None:
-    return next((name for name in checkpoint.tensors if name.endswith("embed_tokens.weight")), None)
-
-
-def _size(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Hidden size and number of layers, by the tensors."""
-    layers = {int(n) for name in checkpoint.tensors for n in re.findall(r"\.layers\.(\d+)\.", name)}
-    name = _embedding(checkpoint)
-    return checkpoint.tensors[name].shape[-1] if name else 0, len(layers)
-
-
-def _looks_like(checkpoint: Checkpoint) -> str:
-    hidden, layers = _size(checkpoint)
-    name = f"LLaMA-{_LLAMA[hidden, layers]} " if (hidden, layers) in _LLAMA else "a model "
-    rows = checkpoint.tensors[_embedding(checkpoint)].shape[0] if _embedding(checkpoint) else 0
-    return f"{name}of hidden size {hidden}, {layers} layers, {rows:,} rows"
-
-
-def _check_base(raw: Checkpoint, pairs: dict[str, tuple[Tensor, Tensor]], manifest: dict[str, Any]) -> None:
-    """Tells another base by a few bytes of each tensor; every byte is checked as it passes."""
-    wrong = differing_probes({name: base for name, (base, _) in pairs.items()}, manifest)
-    if not wrong:
-        return
-    why = "it is another model, or another version of it"
-    if all(name.endswith(("q_proj.weight", "k_proj.weight")) for name in wrong):
-        why = "as only q_proj and k_proj differ, it was converted from LLaMA's original files by other rules"
-    raise UserError(
-        f"{raw.folder} is not the base of this diff: {len(wrong)} of {len(pairs)} tensors differ, "
-        f"{wrong[0]} for one; {why}"
-    )
-
-
-def _mean_rows(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    return {name: mean_row(base) for name, (base, other) in pairs.items() if base.shape != other.shape}
-
-
-def _copies(tuned: Checkpoint) -> dict[str, str]:
-    """Tensors that the diff holds twice: the original's `recover` adds a base to each of two tied names."""
-    embedding = _embedding(tuned)
-    return {LM_HEAD: embedding} if embedding and is_tied(read_config(tuned.folder)) else {}
-
-
-def _sizes(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, int]:
-    return {name: base.nbytes + other.nbytes for name, (base, other) in pairs.items()}
 
 
 if __name__ == "__main__":

@@ -201,7 +201,8 @@ def test_another_dtype_is_the_tuned_model_rounded_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns"), [(32000, 64), (32000, 100), (4097, 33), (518, 40), (519, 7), (5, 64), (70001, 48), (3, 5), (5000, 34)]
+    ("rows", "columns"),
+    [(32000, 64), (32000, 100), (4097, 33), (518, 40), (519, 7), (5, 64), (70001, 48), (3, 5), (5000, 34)],
 )
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_mean_row_is_torchs_to_the_bit(tmp_path, rows, columns, dtype):
