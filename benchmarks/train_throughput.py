@@ -1,0 +1,359 @@
+"""Measures training steps on the same examples: padded, padding-free, with a shared prefix, and TRL's SFTTrainer.
+
+    python benchmarks/train_throughput.py measure                                    # tiny LLaMA, a few minutes of CPU
+    python benchmarks/train_throughput.py measure --data_path alpaca_data.json       # real text in place of lengths
+    python benchmarks/train_throughput.py measure --model llama-7b --steps 4         # one GPU with 141 GB
+
+Every row runs in a process of its own, with random weights, on the same examples in steps of 128 (micro-batches of 4,
+as the original's). Rounds alternate between rows; a row's time is its fastest round's mean. Without --data_path,
+examples are random tokens whose lengths are drawn like Alpaca's: 127 tokens on average, x1.54 when padded by fours,
+two templates' prefixes of 29 and 39 tokens.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from utils import UserError, jdump, jload, run_cli  # noqa: E402
+
+# model: a configuration file, or LLaMA-7B's own numbers (Touvron et al. 2023, table 2).
+LLAMA_7B = {"model_type": "llama", "vocab_size": 32001, "hidden_size": 4096, "intermediate_size": 11008}
+LLAMA_7B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
+LLAMA_7B |= {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+ROWS = {
+    "padded": {"padding_free": "false", "shared_prefix": "false"},
+    "padding-free": {"padding_free": "true", "shared_prefix": "false"},
+    "shared prefix": {"padding_free": "true", "shared_prefix": "true"},
+    "TRL padding_free": {},
+    "TRL packing": {},
+}
+STEP = 128  # examples of an optimizer step, as the original's
+FULL_RUN = 1218  # such steps in three epochs of 52,002 examples
+
+
+def measure(
+    model: str = "tiny",
+    data_path: str | None = None,
+    rows: str = "all",
+    steps: int = 2,
+    rounds: int = 2,
+    layers: int = 0,
+    max_tokens_per_pass: int = 0,
+    output: str = "",
+) -> None:
+    """Measures rows side by side, prints them and writes them as JSON.
+
+    Args:
+        model: tiny (configs/tiny_llama.json), llama-7b, or a configuration file.
+        data_path: Alpaca-format data; its first records are used, tokenized by a small tokenizer trained on it.
+        rows: names of rows, separated by commas, or all.
+        steps: optimizer steps timed per row and round, after one that is not.
+        rounds: how often each row runs.
+        layers: decoder layers, to try a large model on a smaller GPU; the model's own number when 0.
+        max_tokens_per_pass: as train.py's flag.
+        output: the JSON file; benchmarks/results/train_throughput_<model>_<device>.json when empty.
+    """
+    chosen = list(ROWS) if rows == "all" else [row.strip() for row in rows.split(",")]
+    if unknown := [row for row in chosen if row not in ROWS]:
+        raise UserError(f"--rows {unknown[0]}: no such row; there are {', '.join(ROWS)}")
+    missing = {row for row in chosen if row.startswith("TRL") and not _installed("trl")}
+    for row in missing:
+        print(f"{row}: skipped, trl is not installed here", flush=True)
+    chosen = [row for row in chosen if row not in missing]
+    job = {"model": model, "data_path": data_path, "steps": steps, "layers": layers, "max_tokens": max_tokens_per_pass}
+    runs = {row: [] for row in chosen}
+    for number in range(rounds):
+        for row in chosen:
+            runs[row].append(_run_row({**job, "row": row}))
+            print(f"round {number + 1}, {row}: {runs[row][-1]['seconds_per_step']:.2f} s a step", flush=True)
+    table = [{"row": row, **min(found, key=lambda run: run["seconds_per_step"])} for row, found in runs.items()]
+    base = next((entry["useful_tokens_per_s"] for entry in table if entry["row"] == "padded"), None)
+    for entry in table:
+        entry["ratio"] = round(entry["useful_tokens_per_s"] / base, 2) if base else None
+    result = {**_environment(), **job, "rounds": rounds, "skipped": sorted(missing), "rows": table}
+    device = "cpu" if result["device"] == platform.processor() or not result["gpu"] else "gpu"
+    name = os.path.splitext(os.path.basename(model))[0]
+    path = output or os.path.join(ROOT, "benchmarks", "results", f"train_throughput_{name}_{device}.json")
+    jdump(result, path)
+    print(format_table(result), f"written to {os.path.relpath(path)}", sep="\n")
+
+
+def format_table(result: dict) -> str:
+    """Formats a result as a Markdown table."""
+    heads = ["row", "useful tokens/s", "ratio", "MFU", "hardware MFU", "peak memory", "s/step", "3 epochs of 52K"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for row in result["rows"]:
+        cells = [row["row"], f"{row['useful_tokens_per_s']:,.0f}", f"{row['ratio'] or float('nan'):.2f}"]
+        cells += [f"{row['mfu']:.1%}", f"{row['hardware_mfu']:.1%}", f"{row['peak_memory_gib']:.2f} GiB"]
+        cells += [f"{row['seconds_per_step']:.2f}", f"{row['hours_for_3_epochs']:.2f} h"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _installed(package: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(package) is not None
+
+
+def _environment() -> dict:
+    import torch
+
+    def git(*command: str) -> str:
+        run = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
+        return run.stdout.strip()
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    names = ("torch", "transformers", "accelerate", "trl")
+    return {
+        "gpu": gpu,
+        "device": gpu or f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in names if _installed(name)},
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _run_row(job: dict) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        jdump({**job, "folder": folder}, os.path.join(folder, "job.json"))
+        # A world of one process, so that FSDP2 holds float32 masters and computes in bfloat16 on a GPU.
+        port = 29500 + os.getpid() % 1000
+        world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        run = subprocess.run(
+            [sys.executable, os.path.abspath(__file__), "run_row", f"--folder={folder}"],
+            env={**os.environ, "ACCELERATE_USE_CPU": "", **world},
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode:
+            raise UserError(f"{job['row']} failed: {(run.stderr.strip().splitlines() or ['no message'])[-1]}")
+        return jload(os.path.join(folder, "result.json"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One row, in its own process
+
+
+def run_row(folder: str) -> None:
+    """Trains one row (`measure` starts it).
+
+    Args:
+        folder: holds job.json; result.json is written there.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    job = jload(os.path.join(folder, "job.json"))
+    settings = _settings(job)
+    examples = _real(job, settings) if job["data_path"] else _drawn(STEP * (job["steps"] + 1), settings["vocab_size"])
+    gpu = torch.cuda.is_available()
+    torch.manual_seed(0)
+    with torch.device("cuda" if gpu else "cpu"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    counter = Counter(model)
+    trainer = _trl_trainer(job, model, examples) if job["row"].startswith("TRL") else _trainer(job, model, examples)
+    trainer.add_callback(counter)
+    trainer.train()
+    jdump(counter.result(examples, job), os.path.join(folder, "result.json"))
+
+
+def _settings(job: dict) -> dict:
+    if job["model"] == "llama-7b":
+        settings = dict(LLAMA_7B)
+    else:
+        path = os.path.join(ROOT, "configs", "tiny_llama.json") if job["model"] == "tiny" else job["model"]
+        settings = jload(path)
+    return {**settings, "num_hidden_layers": job["layers"] or settings["num_hidden_layers"]}
+
+
+def _drawn(count: int, vocab_size: int) -> list[dict]:
+    """Random tokens with the lengths of Alpaca's examples in LLaMA's tokens.
+
+    Two fifths have an input. Log-normal lengths of what stands between prefix and answer were fitted to 999 records;
+    those of the answers have the spread that gives the original's 127 tokens a mean padding of x1.54 in fours.
+    """
+    import numpy
+    import torch
+
+    draw = numpy.random.default_rng(0)
+    prefixes = [draw.integers(3, vocab_size, length) for length in (29, 39)]
+    examples = []
+    for _ in range(count):
+        kind = int(draw.random() < 0.4)
+        body = round(draw.lognormal((2.96, 3.70)[kind], (0.24, 0.345)[kind]))
+        answer = max(2, round(draw.lognormal(3.83, 0.85)))
+        rest = draw.integers(3, vocab_size, body + answer)
+        ids = torch.from_numpy(numpy.concatenate([prefixes[kind], rest]))[:512]
+        labels = torch.where(torch.arange(len(ids)) < len(prefixes[kind]) + body, -100, ids)
+        examples.append({"input_ids": ids, "labels": labels})
+    return examples
+
+
+def _real(job: dict, settings: dict) -> list[dict]:
+    import tiny_model
+    import tokenization
+    from train import SupervisedDataset
+    from utils import load_examples
+
+    records = load_examples(job["data_path"])
+    needed = STEP * (job["steps"] + 1)
+    records = (records * -(-needed // len(records)))[:needed]
+    where = os.path.join(job["folder"], "tokenizer")
+    os.makedirs(where)
+    texts = [text for record in records for text in (record["instruction"], record["output"])]
+    tiny_model._train_sentencepiece(texts, settings["vocab_size"], where)
+    tokenizer, _ = tokenization.load_tokenizer(where, 512)
+    dataset = SupervisedDataset(job["data_path"], tokenizer, records)
+    return [{"input_ids": dataset[i]["input_ids"], "labels": dataset[i]["labels"]} for i in range(len(dataset))]
+
+
+def _common(job: dict, batch: int) -> dict:
+    import torch
+
+    gpu = torch.cuda.is_available()
+    return {
+        "output_dir": job["folder"],
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": STEP // batch,
+        "max_steps": job["steps"] + 1,
+        "learning_rate": 2e-5,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": gpu,
+        "fsdp": "full_shard auto_wrap" if gpu else None,
+        "use_cpu": not gpu,
+    }
+
+
+def _trainer(job: dict, model, examples: list[dict]):
+    import packing
+    from train import AlpacaTrainer, DataCollatorForSupervisedDataset, TrainingArguments
+
+    flags = {"max_tokens_per_pass": job["max_tokens"], **ROWS[job["row"]]}
+    args = TrainingArguments(**_common(job, 4), **flags)
+    packed, shared, _ = packing.choose(model.config, args.padding_free, args.shared_prefix)
+    if packed:
+        packing.install(model)
+    collator = DataCollatorForSupervisedDataset(_Padding())
+    trainer = AlpacaTrainer(model=model, args=args, train_dataset=examples, data_collator=collator)
+    if packed:
+        print(trainer.pack(args.max_tokens_per_pass or 16384, shared))
+    return trainer
+
+
+@dataclasses.dataclass
+class _Padding:
+    pad_token_id: int = 0
+
+
+def _trl_trainer(job: dict, model, examples: list[dict]):
+    """TRL at its own settings for this: sequences of one micro-batch end to end, or filled up to 512 tokens."""
+    import datasets
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    columns = {name: [example[name].tolist() for example in examples] for name in ("input_ids", "labels")}
+    packs = job["row"] == "TRL packing"
+    common = _common(job, 4)
+    if packs:  # four examples of 127 tokens fill one sequence
+        common["gradient_accumulation_steps"] //= 4
+    args = SFTConfig(**common, packing=packs, padding_free=not packs, max_length=512 if packs else None)
+    return SFTTrainer(model=model, args=args, train_dataset=datasets.Dataset.from_dict(columns), processing_class=tokenizer)
+
+
+class Counter:
+    """A Trainer callback that times steps after the first, and counts what the model computes in them."""
+
+    def __init__(self, model):
+        """Hooks the first decoder layer and lm_head of a model that no trainer has wrapped yet."""
+        import torch
+
+        self.cuda = torch.cuda.is_available()
+        self.seconds, self.tokens, self.logits, self.steps = 0.0, 0, 0, 0
+        head = model.get_output_embeddings()
+        lookup = model.get_input_embeddings().weight.numel()
+        self.head = head.weight.numel()
+        self.body = model.num_parameters() - self.head - lookup
+        self.counting = False
+        layer = next(m for m in model.modules() if type(m).__name__ in set(model._no_split_modules))
+        layer.register_forward_pre_hook(self._count("tokens"), with_kwargs=True)
+        head.register_forward_pre_hook(self._count("logits"), with_kwargs=True)
+        self.device = next(model.parameters()).device
+
+    def _count(self, name: str):
+        def hook(_module, args, kwargs):
+            states = args[0] if args else kwargs["hidden_states"]
+            if self.counting:
+                setattr(self, name, getattr(self, name) + states.shape[:-1].numel())
+
+        return hook
+
+    def __getattr__(self, name: str):
+        """Events of the Trainer that are of no interest here."""
+        if name.startswith("on_"):
+            return lambda *args, **kwargs: None
+        raise AttributeError(name)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Starts the clock."""
+        self.counting = state.global_step > 0
+        self._synchronize()
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stops it."""
+        self._synchronize()
+        if self.counting:
+            self.seconds += time.perf_counter() - self.start
+            self.steps += 1
+        self.counting = False
+
+    def _synchronize(self) -> None:
+        import torch
+
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def result(self, examples: list[dict], job: dict) -> dict:
+        """Sums up. MFU counts 6 FLOPs per parameter and useful token, hardware MFU what ran; attention is left out."""
+        import resources
+
+        useful = sum(len(example["input_ids"]) for example in examples) / (job["steps"] + 1) * self.steps
+        if job["row"] == "TRL packing":
+            useful = self.tokens
+        peak, source = resources.peak_flops(self.device)
+        ideal = 6 * (self.body + self.head) * useful
+        executed = 6 * (self.body * self.tokens + self.head * self.logits)
+        step_seconds = self.seconds / self.steps * STEP / (useful / self.steps / (sum(
+            len(example["input_ids"]) for example in examples) / len(examples)))
+        return {
+            "useful_tokens_per_s": round(useful / self.seconds, 1),
+            "tokens_per_s": round(self.tokens / self.seconds, 1),
+            "mfu": round(ideal / self.seconds / peak, 4),
+            "hardware_mfu": round(executed / self.seconds / peak, 4),
+            "peak_flops_source": source,
+            "peak_memory_gib": round(resources.peak_memory(self.device) / 2**30, 3),
+            "seconds_per_step": round(step_seconds, 4),
+            "hours_for_3_epochs": round(step_seconds * FULL_RUN / 3600, 3),
+            "parameters": self.body + 2 * self.head,
+        }
+
+
+if __name__ == "__main__":
+    run_cli({"measure": measure, "run_row": run_row})
