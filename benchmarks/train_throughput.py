@@ -12,9 +12,9 @@ two templates' prefixes of 29 and 39 tokens.
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
@@ -124,15 +124,22 @@ def _environment() -> dict:
     }
 
 
+def _world_of_one() -> dict[str, str]:
+    """What torchrun would set for one process, so that FSDP2 holds float32 masters and computes in bfloat16."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 def _run_row(job: dict) -> dict:
+    import torch
+
     with tempfile.TemporaryDirectory() as folder:
         jdump({**job, "folder": folder}, os.path.join(folder, "job.json"))
-        # A world of one process, so that FSDP2 holds float32 masters and computes in bfloat16 on a GPU.
-        port = 29500 + os.getpid() % 1000
-        world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         run = subprocess.run(
             [sys.executable, os.path.abspath(__file__), "run_row", f"--folder={folder}"],
-            env={**os.environ, "ACCELERATE_USE_CPU": "", **world},
+            env={**os.environ, **(_world_of_one() if torch.cuda.is_available() else {})},
             capture_output=True,
             text=True,
         )
@@ -214,7 +221,7 @@ def _real(job: dict, settings: dict) -> list[dict]:
     texts = [text for record in records for text in (record["instruction"], record["output"])]
     tiny_model._train_sentencepiece(texts, settings["vocab_size"], where)
     tokenizer, _ = tokenization.load_tokenizer(where, 512)
-    dataset = SupervisedDataset(job["data_path"], tokenizer, records)
+    dataset = SupervisedDataset(job["data_path"], tokenizer, dict(enumerate(records)))
     return [{"input_ids": dataset[i]["input_ids"], "labels": dataset[i]["labels"]} for i in range(len(dataset))]
 
 
@@ -239,8 +246,12 @@ def _common(job: dict, batch: int) -> dict:
 
 
 def _trainer(job: dict, model, examples: list[dict]):
+    import torch
+
     import packing
-    from train import AlpacaTrainer, DataCollatorForSupervisedDataset, TrainingArguments
+    import resources
+    from train import DataCollatorForSupervisedDataset, TrainingArguments
+    from trainer import AlpacaTrainer
 
     flags = {"max_tokens_per_pass": job["max_tokens"], **ROWS[job["row"]]}
     args = TrainingArguments(**_common(job, 4), **flags)
@@ -248,7 +259,9 @@ def _trainer(job: dict, model, examples: list[dict]):
     if packed:
         packing.install(model)
     collator = DataCollatorForSupervisedDataset(_Padding())
-    trainer = AlpacaTrainer(model=model, args=args, train_dataset=examples, data_collator=collator)
+    numbered = [{**example, "record": torch.tensor(i)} for i, example in enumerate(examples)]
+    shape = resources.model_shape(model)
+    trainer = AlpacaTrainer(model=model, args=args, train_dataset=numbered, data_collator=collator, shape=shape)
     if packed:
         print(trainer.pack(args.max_tokens_per_pass or 16384, shared))
     return trainer
@@ -274,7 +287,9 @@ def _trl_trainer(job: dict, model, examples: list[dict]):
     if packs:  # four examples of 127 tokens fill one sequence
         common["gradient_accumulation_steps"] //= 4
     args = SFTConfig(**common, packing=packs, padding_free=not packs, max_length=512 if packs else None)
-    return SFTTrainer(model=model, args=args, train_dataset=datasets.Dataset.from_dict(columns), processing_class=tokenizer)
+    return SFTTrainer(
+        model=model, args=args, train_dataset=datasets.Dataset.from_dict(columns), processing_class=tokenizer
+    )
 
 
 class Counter:
@@ -340,8 +355,8 @@ class Counter:
         peak, source = resources.peak_flops(self.device)
         ideal = 6 * (self.body + self.head) * useful
         executed = 6 * (self.body * self.tokens + self.head * self.logits)
-        step_seconds = self.seconds / self.steps * STEP / (useful / self.steps / (sum(
-            len(example["input_ids"]) for example in examples) / len(examples)))
+        # Packed sequences don't hold 128 examples a step: what counts is the time for 128 examples' tokens.
+        step_seconds = self.seconds / useful * STEP * sum(len(e["input_ids"]) for e in examples) / len(examples)
         return {
             "useful_tokens_per_s": round(useful / self.seconds, 1),
             "tokens_per_s": round(self.tokens / self.seconds, 1),
