@@ -372,11 +372,20 @@ class PackedTrainer(Trainer):
     max_tokens_per_pass = 0
 
     def pack(self, max_tokens_per_pass: int, shared_prefix: bool) -> str:
-        """Leaves the padded path; to be called before `train`, on a model that `install` taught.
+        """Leaves the padded path; to be called before `train`.
 
         Returns:
             A line that says what steps are made of.
+
+        Raises:
+            UserError: a pass is too short for the longest example.
         """
+        longest = max(len(example["input_ids"]) for example in self.train_dataset)
+        if max_tokens_per_pass < longest:
+            raise UserError(
+                f"--max_tokens_per_pass {max_tokens_per_pass} is too few for the longest example, {longest} tokens"
+            )
+        install(self.model)  # after the Trainer, which puts Liger's forward pass there when asked to
         self.max_tokens_per_pass = max_tokens_per_pass
         documents = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.prefixes = find_prefixes(self.train_dataset, documents) if shared_prefix else []

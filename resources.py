@@ -206,6 +206,48 @@ def closing_table(state, throughput: "Throughput") -> str:
     return "\n".join(f"{name:<12} {value}" for name, value in rows)
 
 
+def plan_of(args) -> Plan:
+    """Reads from the training arguments how a run is spread over devices."""
+    sharding = "zero3_offload" if args.deepspeed else "none" if not args.fsdp else "fsdp"
+    if args.fsdp and args.fsdp_config.get("cpu_offload"):
+        sharding = "offload"
+    return Plan(
+        sharding=sharding,
+        world=args.world_size,
+        local=local_world_size(),
+        batch=args.per_device_train_batch_size,
+        length=args.model_max_length,
+        half=args.bf16 or args.fp16,
+        checkpointing=bool(args.gradient_checkpointing),
+    )
+
+
+def fits(shape: ModelShape, plan: Plan, device) -> bool:
+    """Whether the estimate is within the memory that is there."""
+    try:
+        check_memory(shape, shape, plan, device)
+    except UserError:
+        return False
+    return True
+
+
+def tokens_per_pass(shape: ModelShape, args) -> int:
+    """Finds how many tokens a padding-free pass may have by the estimate.
+
+    Nine tenths of what is left beside the weights go to activations. More than 16,384 tokens make no matmul faster;
+    fewer than one example's are of no use.
+    """
+    plan = plan_of(args)
+    empty, one = (estimate(shape, replace(plan, batch=tokens, length=1))[0] for tokens in (0, 1))
+    if args.device.type == "cuda":
+        import torch
+
+        there = torch.cuda.mem_get_info(args.device)[0]
+    else:
+        there = host_memory() / plan.local
+    return max(args.model_max_length, min(16384, int(0.9 * (there - empty) / (one - empty))))
+
+
 def check(args, lora_r: int, skeleton, examples: int) -> ModelShape:
     """Says what the run takes beside what there is, and refuses what cannot fit.
 
@@ -218,17 +260,12 @@ def check(args, lora_r: int, skeleton, examples: int) -> ModelShape:
     adapter = sum((m.in_features + m.out_features) * (lora_r or 16) for m in linear)
     full, lora = model_shape(skeleton), model_shape(skeleton, adapter)
     shape = lora if lora_r else full
-    plan = Plan(
-        sharding="zero3_offload" if args.deepspeed else "none" if not args.fsdp else "fsdp",
-        world=args.world_size,
-        local=local_world_size(),
-        batch=args.per_device_train_batch_size,
-        length=args.model_max_length,
-        half=args.bf16 or args.fp16,
-        checkpointing=bool(args.gradient_checkpointing),
-    )
-    if args.fsdp and args.fsdp_config.get("cpu_offload"):
-        plan = replace(plan, sharding="offload")
+    plan = plan_of(args)
+    if not plan.checkpointing and not fits(shape, plan, args.device):
+        recomputing = replace(plan, checkpointing=True)
+        if fits(shape, recomputing, args.device):
+            say("activations don't fit beside the weights: going on as with --gradient_checkpointing True")
+            args.gradient_checkpointing, plan = True, recomputing
     say(check_memory(shape, lora, plan, args.device))
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(examples / step) * args.num_train_epochs)

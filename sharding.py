@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socket
 
 import torch
 
@@ -10,8 +11,18 @@ from utils import UserError, jload, say
 
 
 def can_shard() -> bool:
-    """Whether accelerate applies FSDP and DeepSpeed here: up to 1.15 it leaves processes on a CPU data-parallel."""
-    return has_accelerator() and not single_process()
+    """Whether accelerate applies FSDP and DeepSpeed here: up to 1.15 it leaves processes on a CPU data-parallel.
+
+    A single process joins a world of one, as under torchrun. There is nothing to shard, but FSDP2's mixed precision
+    is worth it: it computes in 16 bits from float32 masters one layer at a time, in 16 bytes per parameter, where
+    autocast keeps a 16-bit copy of all weights besides.
+    """
+    if has_accelerator() and "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return has_accelerator()
 
 
 def has_accelerator() -> bool:
@@ -19,16 +30,11 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
-def single_process() -> bool:
-    """Whether torchrun didn't start us, or started one process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
-
-
 def read_fsdp(args) -> None:
     """Turns 2023's words into today's settings: FSDP2, wrapped by layer."""
     if not can_shard():
-        why = "one process has nothing to shard" if single_process() else "accelerate shards only across GPUs"
-        say(f"--fsdp: {why}; going on " + ("without" if single_process() else "data-parallel"))
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        say("--fsdp: accelerate shards only across GPUs; going on " + ("without" if alone else "data-parallel"))
         args.fsdp = None
         return
     words = str(args.fsdp).split()
@@ -47,8 +53,8 @@ def read_fsdp(args) -> None:
 def read_deepspeed(args) -> None:
     """Reads DeepSpeed's config and mends what lost models and learning rates in 2023."""
     if not can_shard():
-        why = "one process has nothing to shard" if single_process() else "accelerate starts it only on GPUs"
-        say(f"--deepspeed: {why}; going on " + ("without" if single_process() else "data-parallel"))
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        say("--deepspeed: accelerate starts it only on GPUs; going on " + ("without" if alone else "data-parallel"))
         args.deepspeed = None
         return
     if not importlib.util.find_spec("deepspeed"):

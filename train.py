@@ -419,11 +419,9 @@ def train() -> None:
     packed, shared, why_not = packing.choose(model.config, args.padding_free, args.shared_prefix, lora_dropout=dropout)
     if why_not:
         say(why_not)
-    if packed:
-        packing.install(model)
     trainer = AlpacaTrainer(model=model, args=args, processing_class=tokenizer, shape=shape, **data)
     if packed:
-        say(trainer.pack(args.max_tokens_per_pass or 16384, shared))
+        say(trainer.pack(args.max_tokens_per_pass or resources.tokens_per_pass(shape, args), shared))
     trainer.train(resume_from_checkpoint=resume)
     if trainer.stopped:
         last = checkpoint.last_checkpoint(args.output_dir)

@@ -256,14 +256,12 @@ def _trainer(job: dict, model, examples: list[dict]):
     flags = {"max_tokens_per_pass": job["max_tokens"], **ROWS[job["row"]]}
     args = TrainingArguments(**_common(job, 4), **flags)
     packed, shared, _ = packing.choose(model.config, args.padding_free, args.shared_prefix)
-    if packed:
-        packing.install(model)
     collator = DataCollatorForSupervisedDataset(_Padding())
     numbered = [{**example, "record": torch.tensor(i)} for i, example in enumerate(examples)]
     shape = resources.model_shape(model)
     trainer = AlpacaTrainer(model=model, args=args, train_dataset=numbered, data_collator=collator, shape=shape)
     if packed:
-        print(trainer.pack(args.max_tokens_per_pass or 16384, shared))
+        print(trainer.pack(args.max_tokens_per_pass or resources.tokens_per_pass(shape, args), shared))
     return trainer
 
 

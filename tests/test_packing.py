@@ -366,3 +366,72 @@ def test_lora_dropout_counts_as_dropout():
     config = AutoConfig.for_model("llama")
     assert packing.choose(config, "auto", "auto", lora_dropout=0.05)[:2] == (False, False)
     assert packing.choose(config, "auto", "auto", lora_dropout=0.0)[:2] == (True, True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Through train.py
+
+
+@pytest.fixture(scope="module")
+def trainee(root, tmp_path_factory) -> list[str]:
+    """A tiny LLaMA, 40 seed tasks, and flags for steps of 12 examples, the last one of 4."""
+    import tiny_model
+
+    folder = tmp_path_factory.mktemp("trainee")
+    with open(os.path.join(root, "seed_tasks.jsonl"), encoding="utf-8") as file:
+        tasks = [json.loads(line) for line in file]
+    records = [{"instruction": task["instruction"], **task["instances"][0]} for task in tasks]
+    records = sorted(records, key=lambda r: len(format_prompt(r) + r["output"]))[:40]
+    (folder / "data.json").write_text(json.dumps(records))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **CONFIGS["llama"], "vocab_size": 700}))
+    tiny_model.make(str(folder / "config.json"), str(folder / "data.json"), str(folder / "model"))
+    flags = f"--model_name_or_path {folder}/model --data_path {folder}/data.json --num_train_epochs 1 --seed 42 "
+    flags += "--learning_rate 1e-3 --logging_steps 1 --save_strategy no --report_to none --disable_tqdm True "
+    flags += "--overwrite_output_dir True --model_max_length 256 --per_device_train_batch_size 2"
+    return flags.split()
+
+
+def logged(folder) -> list[float]:
+    with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as file:
+        return [entry["loss"] for entry in json.load(file)["log_history"] if "loss" in entry]
+
+
+def assert_same_run(folder, expected, steps: int = 4) -> None:
+    """Every step's loss and all weights at the end agree to float32's error."""
+    from safetensors.torch import load_file
+
+    assert len(logged(folder)) == steps
+    assert logged(folder) == pytest.approx(logged(expected), abs=2e-5)
+    name = next(name for name in ("model.safetensors", "adapter_model.safetensors") if (expected / name).exists())
+    found, weights = load_file(folder / name), load_file(expected / name)
+    assert found.keys() == weights.keys()
+    for name in weights:
+        torch.testing.assert_close(found[name], weights[name], rtol=1e-3, atol=2e-5)
+
+
+WAYS = {
+    "ddp": ["--plain"],
+    "ddp, global": ["--plain", "--loss_reduction", "global"],
+    "fsdp": ["--fsdp", "full_shard auto_wrap"],
+    "fsdp, checkpointing": ["--fsdp", "full_shard auto_wrap", "--gradient_checkpointing", "True"],
+    "lora": ["--plain", "--lora_r", "4", "--lora_dropout", "0.0"],
+}
+
+
+def test_two_ranks_of_train_py_end_with_the_padded_runs_weights(trainee, tmp_path, root):
+    commands = []
+    for way, flags in WAYS.items():
+        common = [*trainee, *flags, "--gradient_accumulation_steps", "3"]
+        commands.append([*common, "--output_dir", str(tmp_path / way), "--max_tokens_per_pass", "300"])
+        if not way.startswith("fsdp"):  # those must end where data-parallel ranks do
+            commands.append([*common, "--output_dir", str(tmp_path / f"padded {way}"), "--padding_free", "false"])
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += [os.path.join(root, "tests", "cpu_sharding.py"), str(tmp_path / "commands.json")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
+    assert "padding-free: passes of at most 300 tokens, shared prefixes of" in run.stdout
+    for way in WAYS:
+        padded = f"padded {way}" if (tmp_path / f"padded {way}").exists() else "padded ddp"
+        assert_same_run(tmp_path / way, tmp_path / padded)
