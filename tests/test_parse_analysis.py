@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import types
@@ -92,6 +93,23 @@ def test_rules_agree_with_a_person_on_nine_of_ten_instructions():
 @pytest.mark.parametrize("text", ["", "   \n", "?!", "42", "«»", "Thanks", "der die das", "a" * 10_000, "of " * 3_000])
 def test_text_without_a_request_has_no_root_verb(text):
     assert parse_by_rules(text) == NOTHING
+
+
+def test_no_heap_of_words_and_marks_breaks_the_rules():
+    pick = random.Random(0)
+    words = [
+        *sorted(root_verbs._CLOSED),
+        *",.;:?!'\"()[]`-…%&\n",
+        "don't",
+        "U.S.",
+        "3.5",
+        "LIST",
+        "雨",
+        "step-by-step",
+        "list",
+    ]
+    for _ in range(3000):
+        parse_by_rules("".join(pick.choice(words) + pick.choice(["  ", ""]) for _ in range(pick.randrange(1, 12))))
 
 
 @pytest.fixture(scope="module")
