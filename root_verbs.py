@@ -45,16 +45,21 @@ _QUANTIFIERS = _words(
 _OBJECT_PRONOUNS = _words("me us him them it you myself yourself itself themselves")
 _PRONOUNS = _OBJECT_PRONOUNS | _words("i he she we they someone something anyone anything everyone everything nothing")
 _WH = _words("what which who whom whose how why when where whether")
-_MODALS = _words("can could should would will shall may might must do does did")
+_MODALS = _words(
+    "can could should would will shall may might must do does did cannot can't couldn't don't doesn't didn't won't"
+)
 _HAVE, _BE = _words("has have had"), _words("is are was were am be been being")
 _PARTICLES = _words("up down out off away back over")
+_PHRASAL = {("fill", "in"), ("put", "on"), ("try", "on"), ("turn", "on"), ("take", "on")}
 _HEDGES = _words("at least up to about around exactly over under than approximately roughly nearly only just")
 _OPENERS = _words(
     "please now first firstly second next then also finally just and so kindly always never not do don't don’t , -"
 )
-_DATIVE_VERBS = _words("give tell show teach send offer ask assign")
-# Readings that the lexicon has and instructions don't: "the following", "the given", "a think".
-_NOT_HERE = {"following": {"NOUN"}, "given": {"NOUN"}, "think": {"NOUN"}}
+_DATIVE_VERBS = _words(
+    "give tell show teach send offer ask assign hand lend pass bring grant wish write find make draw"
+)
+# Readings that the lexicon has and instructions don't: "the following", "the given", "a think", "its vowels back".
+_NOT_HERE = {"following": {"NOUN"}, "given": {"NOUN"}, "think": {"NOUN"}, "back": {"NOUN"}}
 _CLOSED = (
     _PREPOSITIONS
     | _CONJUNCTIONS
@@ -71,7 +76,7 @@ _TOKEN = re.compile(
     r"(?P<quote>\"[^\"]*\"|“[^”]*”|‘[^’]*’|`[^`]*`|(?<!\w)'[^']+'(?!\w)|\([^()]*\)|\[[^\[\]]*\])"
     r"|(?P<possessive>(?<=\w)['’]s\b|(?<=s)['’](?!\w))"
     r"|(?P<number>[$€£]?\d(?:[\w.,:/%^-]*\w)?%?)"
-    r"|(?P<word>[^\W\d_](?:\w|-(?=\w)|['’](?!s\b)(?=\w))*)"
+    r"|(?P<word>(?:e\.g|i\.e|vs|Mrs?|Dr|St|\b[A-Z])\.(?=\s*\S)|[^\W\d_](?:\w|-(?=\w)|['’](?!s\b)(?=\w))*)"
     r"|(?P<end>[.!?\n;:]+)|(?P<other>\S)"
 )
 
@@ -108,7 +113,7 @@ def _lexicon() -> Any:
 
 @functools.cache
 def _parts_of_speech(word: str) -> frozenset[str]:
-    if word in _CLOSED:
+    if word in _CLOSED or "'" in word or "’" in word:  # "you're"
         return frozenset()
     lemmas = _lexicon().getAllLemmas(word)
     if not lemmas and "-" in word:  # "seven-day" is what "day" is, but "step-by-step" is no verb
@@ -118,9 +123,10 @@ def _parts_of_speech(word: str) -> frozenset[str]:
     if "VERB" in lemmas:
         found.add("VERB" if word in lemmas["VERB"] else "FORM")
     found -= _NOT_HERE.get(word, set())
-    return frozenset(found or {"NOUN", "UNKNOWN"})  # what no lexicon has, like "chatbot", is nearly always a noun
+    return frozenset(found or {"NOUN"})  # what no lexicon has, like "chatbot", is nearly always a noun
 
 
+@functools.cache
 def _lemma(word: str, kind: str) -> str:
     lemmas = _lexicon().getLemma(word, kind) or (word,)
     return word if word in lemmas and word[-1] != "s" else lemmas[0]  # "data" is its own lemma beside "datum"
@@ -171,7 +177,7 @@ def _imperative(tokens: list[_Token]) -> Parse | None:
 
 
 def _skip_openers(tokens: list[_Token], i: int) -> int:
-    while tokens[i].word in _OPENERS or tokens[i].can_be == {"ADV"}:
+    while tokens[i].word in _OPENERS or tokens[i].can_be == {"ADV"} or tokens[i].kind == "quote":
         i += 1
     return i
 
@@ -179,8 +185,10 @@ def _skip_openers(tokens: list[_Token], i: int) -> int:
 def _is_request(tokens: list[_Token], i: int) -> bool:
     """Whether a base form stands here that is neither a noun ("Summary of", "Water boils") nor inside a phrase."""
     following = tokens[i + 1]
-    if "UNKNOWN" in tokens[i].can_be:  # "Deduplicate the list"
-        return following.word in _ARTICLES
+    if (
+        "VERB" not in tokens[i].can_be and "NOUN" in tokens[i].can_be
+    ):  # no verb that the lexicon has: "Eyeball the data"
+        return following.word in _ARTICLES or (following.word in _PARTICLES and tokens[i + 2].word in _ARTICLES)
     if "VERB" not in tokens[i].can_be or tokens[i + 2].word == tokens[i].word:  # "step by step"
         return False
     if following.word in _MODALS | _BE | _HAVE or following.kind == "possessive":
@@ -197,12 +205,14 @@ def _object(tokens: list[_Token], verb: int) -> str | None:
         i += 1
     if tokens[i + 1].word == "by" and tokens[i + 2].word == tokens[i].word:  # "piece by piece"
         i += 3
-    if tokens[i].word in _PARTICLES or (tokens[verb].word, tokens[i].word) == ("fill", "in"):
+    if tokens[i].word in _PARTICLES or (tokens[verb].word, tokens[i].word) in _PHRASAL:
         i += 1
     if tokens[i].word in _OBJECT_PRONOUNS:
-        if tokens[verb].word not in _DATIVE_VERBS:
+        if tokens[verb].word not in _DATIVE_VERBS or (tokens[i].word == "it" and tokens[verb].word == "make"):
             return None
         i += 1
+    if tokens[i].word == "that" and tokens[i + 1].word in _ARTICLES | _PRONOUNS:  # "show that the ..."
+        return None
     head, end = _noun_phrase(tokens, i)
     second = tokens[end].word in (_ARTICLES | _QUANTIFIERS) - {"that"} or tokens[end].kind == "number"
     if tokens[verb].word in _DATIVE_VERBS and end > i and second:  # "give each paragraph a heading"
@@ -263,6 +273,8 @@ def _is_specifier(tokens: list[_Token], i: int, start: int) -> bool:
         return i > start and before.word in _QUANTIFIERS
     if token.word in ("below", "above"):
         return before.word in _ARTICLES
+    if token.word == "to" and before.word != "up":
+        return False
     return token.word in _HEDGES and _is_number(tokens[i + 1], tokens[i + 2])
 
 
@@ -287,20 +299,27 @@ def _question(tokens: list[_Token]) -> Parse | None:
         return None
     if tokens[first + 1].word == "to" and "VERB" in tokens[first + 2].can_be:
         return Parse(tokens[first + 2].word, _object(tokens, first + 2))
+    if tokens[first + 1].kind == "possessive":  # "What's"
+        return _passive(tokens, _skip_adverbs(tokens, first + 2), asks_what=True)
     auxiliary = next((i for i, token in enumerate(tokens) if token.word in _MODALS | _BE | _HAVE), len(tokens))
     verb = next((i for i in range(first + 1, min(auxiliary, len(tokens))) if _is_finite(tokens, i)), None)
     if verb is not None:  # "Who invented", "Which one arrives"
         return Parse(_lemma(tokens[verb].word, "VERB"), _object(tokens, verb))
-    if auxiliary == len(tokens) or tokens[auxiliary].word in _BE:
+    if auxiliary == len(tokens):
         return NOTHING
-    is_verb = "NOUN" not in tokens[auxiliary + 1].can_be or tokens[auxiliary + 2].word in _ARTICLES
-    if opening in ("what", "who", "which") and "VERB" in tokens[auxiliary + 1].can_be and is_verb:
-        return Parse(tokens[auxiliary + 1].word, _object(tokens, auxiliary + 1))  # "What would happen"
-    wanted = "FORM" if tokens[auxiliary].word in _HAVE else "VERB"
-    verb = _verb_behind_subject(tokens, auxiliary + 1, wanted)
+    behind = _skip_adverbs(tokens, auxiliary + 1)
+    if tokens[auxiliary].word in _BE:
+        return _passive(tokens, behind, asks_what=opening in ("what", "which", "who"))
+    if tokens[behind].word == "be" and "FORM" in tokens[behind + 1].can_be:  # "How many can be made"
+        return _passive(tokens, behind + 1, asks_what=True)
+    if opening in ("what", "who", "which", "how") and _is_verb_of_fronted_subject(tokens, behind):
+        return Parse(tokens[behind].word, _object(tokens, behind))
+    verb = _verb_behind_subject(tokens, auxiliary + 1, "FORM" if tokens[auxiliary].word in _HAVE else "VERB")
     if verb is None:
         owns = tokens[auxiliary].word in _HAVE and auxiliary > first  # "Which planet has the most moons"
         return Parse("have", _object(tokens, auxiliary)) if owns else NOTHING
+    if tokens[verb - 1].word == "be":  # "Why must dough be kneaded"
+        return Parse(_lemma(tokens[verb].word, "VERB"), None)
     fronted = None
     if first == 0 and (opening in ("what", "which") or tokens[1].word in ("many", "much")):
         fronted, _ = _noun_phrase(tokens, 1)
@@ -308,10 +327,43 @@ def _question(tokens: list[_Token]) -> Parse | None:
     return Parse(_lemma(tokens[verb].word, "VERB"), _object(tokens, verb) if has_object else fronted)
 
 
+def _skip_adverbs(tokens: list[_Token], i: int) -> int:
+    while _is_adverb(tokens[i]):
+        i += 1
+    return i
+
+
+def _is_adverb(token: _Token) -> bool:
+    return token.word == "not" or ("ADV" in token.can_be and not token.can_be & {"NOUN", "VERB", "FORM"})
+
+
+def _passive(tokens: list[_Token], i: int, asks_what: bool) -> Parse:
+    """Reads what stands behind "is": "meant by", "causing it", "(the word) derived"; NOTHING for "the capital"."""
+    verb: int | None = i
+    if "FORM" not in tokens[i].can_be or "NOUN" in tokens[i].can_be or "-" in tokens[i].word:
+        verb = None if asks_what else _verb_behind_subject(tokens, i, "FORM")
+    if verb is None:
+        return NOTHING
+    return Parse(
+        _lemma(tokens[verb].word, "VERB"), _object(tokens, verb) if tokens[verb].word.endswith("ing") else None
+    )
+
+
+def _is_verb_of_fronted_subject(tokens: list[_Token], i: int) -> bool:
+    """Whether the subject stood before the auxiliary: "(What would) happen", "(Which bird can) fly backwards"."""
+    following = tokens[i + 1]
+    if "VERB" not in tokens[i].can_be:
+        return False
+    ends = following.kind != "word" or following.word in _ARTICLES | _PREPOSITIONS or _is_adverb(following)
+    return ends or "NOUN" not in tokens[i].can_be
+
+
 def _is_finite(tokens: list[_Token], i: int) -> bool:
     token, before = tokens[i], tokens[i - 1]
     if "NOUN" in token.can_be and tokens[i + 1].word in _MODALS | _BE | _HAVE:  # "What steps should"
         return False
+    if "VERB" in token.can_be and _is_plural(before):  # "How many primes lie"
+        return True
     if "FORM" in token.can_be and (before.word in _WH or before.word == "one" or "NOUN" in before.can_be):
         return "NOUN" not in token.can_be or tokens[i + 1].kind != "word" or not tokens[i + 1].can_be & {"VERB", "FORM"}
     return False
@@ -321,16 +373,29 @@ def _verb_behind_subject(tokens: list[_Token], start: int, wanted: str) -> int |
     """Finds the verb in "(does) the presence of heat affect": behind a noun, best a plural, or before a phrase."""
     candidates = []
     for i in range(start + 1, len(tokens)):
-        token, before = tokens[i], tokens[i - 1]
-        if token.kind not in ("word", "possessive", "quote", "number"):
+        token = tokens[i]
+        before = next(tokens[j] for j in range(i - 1, -1, -1) if not _is_adverb(tokens[j]))
+        if token.kind in ("end", "other") and token.word != ",":
             break
-        subject_ends = before.word in _PRONOUNS or before.kind == "quote" or "NOUN" in before.can_be
-        if wanted in token.can_be and subject_ends and tokens[i + 1].word != "of":
-            plural = "NOUN" in before.can_be and before.word.endswith("s") and not before.word.endswith("ss")
-            if before.word in _PRONOUNS or plural or "NOUN" not in token.can_be or not tokens[i + 1].can_be:
+        follows_subject = (
+            before.word in _PRONOUNS | {"one"} or before.kind in ("quote", "number") or "NOUN" in before.can_be
+        )
+        if not follows_subject or tokens[i + 1].word == "of":
+            continue
+        if token.word == "be" and "FORM" in tokens[i + 1].can_be and wanted == "VERB":
+            return i + 1
+        if token.word in ("have", "do") and wanted == "VERB":
+            return i
+        if wanted in token.can_be and tokens[i + 1].word not in ("have", "do"):
+            sure = before.word in _PRONOUNS | {"one"} or _is_plural(before)
+            if sure or "NOUN" not in token.can_be or not tokens[i + 1].can_be:
                 return i
             candidates.append(i)
     return candidates[0] if candidates else None
+
+
+def _is_plural(token: _Token) -> bool:
+    return "NOUN" in token.can_be and token.word.endswith("s") and not token.word.endswith("ss")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -120,6 +121,33 @@ def test_wrong_input_is_refused_in_one_line(arguments, complaint, root, tmp_path
     assert err.startswith(f"error: {complaint}")
     assert err.count("\n") == 1
     assert (tmp_path / "plain.md").read_text() == "plain"
+
+
+def test_tables_of_the_datasheet_and_the_readme_are_what_is_measured(root, tmp_path):
+    """Without the other data set the comparison stays as it is; the next test has it."""
+    paths = {name: os.path.join(root, name) for name in ("alpaca_data.json", "seed_tasks.jsonl", "DATA.md")}
+    sheet = tmp_path / "DATA.md"
+    shutil.copy(paths["DATA.md"], sheet)
+    recording = os.path.join(root, "recordings", "completions.jsonl")
+    data_quality.measure(
+        paths["alpaca_data.json"], recording=recording, seed_tasks_path=paths["seed_tasks.jsonl"], update=str(sheet)
+    )
+    with open(paths["DATA.md"], encoding="utf-8") as file:
+        assert sheet.read_text(encoding="utf-8") == file.read()
+    with open(os.path.join(root, "benchmarks", "results", "data_quality.json")) as file:
+        comparison = data_quality.comparison_table(*zip(*json.load(file)["at_equal_size"].items(), strict=True))
+    for name in ("README.md", "DATA.md"):
+        with open(os.path.join(root, name), encoding="utf-8") as file:
+            assert f"<!-- comparison -->\n\n{comparison}\n\n<!-- end of comparison -->" in file.read()
+
+
+def test_bundled_data_are_more_diverse_than_as_many_of_another_set(root, reference_dir):
+    data_sets = [os.path.join(root, "alpaca_data.json"), os.path.join(reference_dir, "data", "alpaca_en_demo.json")]
+    ours, other = (data_quality.measure_at_size(data_quality.load_examples(path), 999) for path in data_sets)
+    assert ours["verb_object_pairs"] > other["verb_object_pairs"]
+    assert ours["mean_nearest_rouge_l"] < other["mean_nearest_rouge_l"]
+    with open(os.path.join(root, "benchmarks", "results", "data_quality.json")) as file:
+        assert json.load(file)["at_equal_size"] == {"alpaca_data.json": ours, "alpaca_en_demo.json": other}
 
 
 TASK = {"id": "a", "name": "n", "instruction": "Name a river.", "instances": [{"input": "", "output": "Rhine"}]}

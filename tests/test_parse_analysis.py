@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import types
@@ -217,6 +218,16 @@ def test_same_data_gives_the_same_bytes(data_path, tmp_path):
         parse_analysis.plot(data_path, str(tmp_path / name))
     for ending in ("png", "svg"):
         assert (tmp_path / f"a.{ending}").read_bytes() == (tmp_path / f"b.{ending}").read_bytes()
+
+
+def test_bundled_figure_is_that_of_the_bundled_data(root, tmp_path):
+    parse_analysis.plot(os.path.join(root, "alpaca_data.json"), str(tmp_path / "figure"))
+    new = (tmp_path / "figure.svg").read_text(encoding="utf-8")
+    with open(os.path.join(root, "assets", "parse_analysis.svg"), encoding="utf-8") as file:
+        old = file.read()
+    # Coordinates may differ in another version of matplotlib; the labels, which it notes as comments, may not.
+    assert re.findall("<!-- (.*) -->", new) == re.findall("<!-- (.*) -->", old)
+    assert os.path.exists(os.path.join(root, "assets", "parse_analysis.png"))
 
 
 def test_compare_puts_two_data_sets_side_by_side(figures, data_path, tmp_path, capsys):
