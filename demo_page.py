@@ -58,14 +58,16 @@ def build(alpaca: Alpaca, seed: int | None) -> Any:
         bounds = (("instruction", instruction, MAX_INSTRUCTION_CHARACTERS), ("input", input, MAX_INPUT_CHARACTERS))
         for name, text, bound in bounds:
             if len(text or "") > bound:
-                raise gr.Error(f"The {name} has {len(text):,} characters; this page takes {bound:,}.")
+                raise gr.Error(
+                    f"The {name} has {len(text):,} characters; this page takes {bound:,}.", print_exception=False
+                )
         if not (instruction or "").strip():
-            raise gr.Error("Write an instruction first.")
+            raise gr.Error("Write an instruction first.", print_exception=False)
         try:
             settings = alpaca.settings(int(max_new_tokens), temperature, top_p)
             ids, notice = alpaca.encode({"instruction": instruction, "input": input or ""}, settings.max_new_tokens)
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(str(error), print_exception=False) from error
         yield "", f"Note: {notice}." if notice else "Writing …"
         answer, start = "", time.perf_counter()
         with contextlib.closing(alpaca.stream(ids, settings, seed)) as pieces:

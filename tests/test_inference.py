@@ -647,6 +647,12 @@ def test_browser_sees_the_answer_stream_and_stop_ends_it(root, model_path, tmp_p
         expect(answer).to_have_value("Red, blue and yellow.")
         if folder := os.environ.get("SCREENSHOT_DIR"):  # SCREENSHOT_DIR=assets remakes the README's
             page.screenshot(path=os.path.join(folder, "demo.png"))
+        from gradio_client import Client
+
+        client = Client(url, verbose=False)
+        for wrong in (["x" * 2001, ""], ["Hi", "x" * 8001], ["", ""]):
+            with pytest.raises(Exception, match=r"this page takes|Write an instruction first"):
+                client.predict(*wrong, 0.7, 0.9, 5, api_name="/ask")
         assert {requested.split("/")[2] for requested in page.requests if requested[:4] == "http"} == {
             url.split("/")[2]
         }
