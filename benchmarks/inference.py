@@ -68,7 +68,7 @@ def measure_model(shape: dict) -> dict:
         "mean_prompt_tokens": sum(map(len, prompts)) / len(prompts),
         "equal_lengths": compare(alpaca, prompts, greedy),
         "varied_lengths": compare(alpaca, prompts, varied),
-        "largest_logit_difference": logit_difference(alpaca, prompts[:BATCH_SIZE]),
+        "rounding": rounding(alpaca, prompts[:BATCH_SIZE]),
     }
 
 
@@ -92,8 +92,8 @@ def timed(alpaca: generation.Alpaca, prompts: list[list[int]], settings: object,
     return sum(map(len, answers)) / (time.perf_counter() - start), answers
 
 
-def logit_difference(alpaca: generation.Alpaca, prompts: list[list[int]]) -> float:
-    """Gives the largest difference between a prompt's next-token logits alone and in a left-padded batch."""
+def rounding(alpaca: generation.Alpaca, prompts: list[list[int]]) -> float:
+    """Gives how much a left-padded batch moves the best token's lead, as the largest share of the largest logit."""
     import torch
 
     width = max(map(len, prompts))
@@ -103,7 +103,9 @@ def logit_difference(alpaca: generation.Alpaca, prompts: list[list[int]]) -> flo
     with torch.inference_mode():
         batched = alpaca.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
         alone = torch.cat([alpaca.model(input_ids=torch.tensor([p])).logits[:, -1] for p in prompts])
-    return (batched - alone).abs().max().item()
+    best = alone.topk(2).indices
+    leads = [logits.gather(1, best).diff().squeeze(1) for logits in (batched, alone)]
+    return ((leads[0] - leads[1]).abs() / alone.abs().amax(dim=1)).max().item()
 
 
 def environment() -> dict:
