@@ -177,6 +177,8 @@ def _read_safetensors(path: str, found: Checkpoint) -> list[Tensor]:
 
 def _read_bin(path: str, found: Checkpoint) -> list[Tensor]:
     """Maps the file for as long as it takes to see where its tensors lie; no page of their data is touched."""
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is truncated, or older than torch 1.6; download it again, or torch.save it again")
     import torch
 
     try:

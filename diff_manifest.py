@@ -98,6 +98,8 @@ def read_manifest(folder: str) -> dict[str, Any] | None:
     Raises:
         UserError: it is damaged or of a later version.
     """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} is not a folder; expected a diff or a recovered model")
     path = os.path.join(folder, MANIFEST)
     if not os.path.exists(path):
         if os.path.exists(os.path.join(folder, CORRECTIONS)):

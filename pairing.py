@@ -7,7 +7,7 @@ import numpy as np
 
 from checkpoint_files import Checkpoint, Tensor, read_checkpoint
 from diff_manifest import MARK, differing_files, differing_probes, is_tied, read_config, read_manifest
-from tensor_stream import Progress, mean_row, sha256_of
+from tensor_stream import Progress, mean_row, projection, sha256_of
 from utils import UserError
 
 LM_HEAD = "lm_head.weight"
@@ -92,6 +92,23 @@ def check_base(raw: Checkpoint, pairs: Pairs, manifest: dict[str, Any]) -> None:
         f"{raw.folder} is not the base of this diff: {len(wrong)} of {len(pairs)} tensors differ, "
         f"{wrong[0]} for one; {why}"
     )
+
+
+def is_subtracted_twice(diff: Checkpoint, pairs: Pairs) -> bool:
+    """Whether a diff without a manifest holds tuned - 2 raw for a tied embedding.
+
+    The original goes through a tied embedding's two names, and so subtracts, and adds, the base twice.
+
+    Raises:
+        UserError: it is no diff but a model.
+    """
+    if not diff.embedding:
+        return False
+    base, other = pairs[diff.embedding]
+    times = projection(other, base)
+    if times > 0.5:
+        raise UserError(f"{diff.folder} is a model, not a diff: its embeddings are {times:.2f} times the base's")
+    return times < -0.5 and is_tied(read_config(diff.folder))
 
 
 def mean_rows(pairs: Pairs) -> dict[str, np.ndarray]:

@@ -29,7 +29,6 @@ from diff_manifest import (
     differing_probes,
     fingerprint,
     index_text,
-    is_tied,
     probe,
     read_config,
     read_manifest,
@@ -37,7 +36,17 @@ from diff_manifest import (
     write_manifest,
     write_text,
 )
-from pairing import Pairs, check_base, match_tensors, mean_rows, pair_sizes, read_diff, read_model, tied_copies
+from pairing import (
+    Pairs,
+    check_base,
+    is_subtracted_twice,
+    match_tensors,
+    mean_rows,
+    pair_sizes,
+    read_diff,
+    read_model,
+    tied_copies,
+)
 from partial_folder import SPOOL, SUFFIX, PartialFolder, run_with_bar
 from tensor_stream import (
     Base,
@@ -46,7 +55,6 @@ from tensor_stream import (
     Source,
     add,
     copy_tensor,
-    projection,
     sha256_of,
     subtract,
 )
@@ -185,15 +193,17 @@ def recover(
     work = PartialFolder(path_tuned, [path_raw, path_diff], overwrite, resume)
     raw, diff, manifest = read_model(path_raw, "--path_raw"), *read_diff(path_diff)
     pairs = match_tensors(raw, diff)
+    twice = None  # the tensor to which the base is added twice
     if manifest:
         check_base(raw, pairs, manifest)
     else:
+        twice = diff.embedding if is_subtracted_twice(diff, pairs) else None
         print(f"{path_diff} has no manifest: what is recovered is raw + diff in float32, and cannot be verified")
     specs = {name: (DTYPES[dtype] if dtype else tensor.dtype, tensor.shape) for name, tensor in diff.tensors.items()}
     with work:
         output = plan_output(work.folder, specs, diff.layout(), diff.metadata, SUFFIX)
         done = work.begin(output, {"recover": [raw.identity(), diff.identity(), dtype]})
-        job = _Addition(raw, diff, manifest, pairs, output, work)
+        job = _Addition(diff, manifest, pairs, twice, output, work)
         work.run("recover", pair_sizes(pairs), job)
         entries = {name: done[name]["entry"] for name in pairs}
         _finish_model(path_diff, manifest, dtype, output, entries)
@@ -212,10 +222,10 @@ class _Addition:
 
     def __init__(
         self,
-        raw: Checkpoint,
         diff: Checkpoint,
         manifest: dict[str, Any] | None,
         pairs: Pairs,
+        twice: str | None,
         output: Output,
         work: PartialFolder,
     ):
@@ -223,10 +233,7 @@ class _Addition:
         self._entries = manifest["tensors"] if manifest else {}
         self._corrections = read_corrections(os.path.join(diff.folder, CORRECTIONS)) if manifest else None
         self._means = mean_rows(pairs)
-        # The original subtracts a tied embedding's base twice, once under each name, and adds it twice.
-        tied = manifest is None and diff.embedding and is_tied(read_config(diff.folder))
-        twice = tied and projection(*reversed(pairs[diff.embedding])) < -0.5
-        self._twice = diff.embedding if twice else None
+        self._twice = twice
 
     def __call__(self, name: str) -> None:
         base, diff = self._pairs[name]

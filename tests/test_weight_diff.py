@@ -468,6 +468,7 @@ def test_another_base_is_told_before_gigabytes_are_read(pair, tmp_path):
     assert "only q_proj and k_proj differ" in message
     assert os.listdir(tmp_path) == ["edited"]
     assert "is a weight diff" in refused(weight_diff.recover, diff, diff, str(tmp_path / "out"))
+    assert "is a model, not a diff" in refused(weight_diff.recover, pair[0], pair[1], str(tmp_path / "out"))
 
 
 def test_inputs_and_existing_folders_are_safe(pair, tmp_path):
