@@ -24,7 +24,8 @@ class CorrectionSpool:
         """Writes a chunk; returns where it begins."""
         with self._lock:
             begin = os.lseek(self._descriptor, 0, os.SEEK_END)
-            os.write(self._descriptor, data)
+            while data:
+                data = data[os.write(self._descriptor, data) :]
         return begin
 
     def gather(self, path: str, chunks: dict[str, list[list[int]]], tensors: dict[str, Tensor]) -> None:

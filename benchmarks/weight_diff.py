@@ -1,6 +1,6 @@
 """Seconds, peak memory and the ratio to `cp` of make_diff and recover, beside two whole models in memory.
 
-    python benchmarks/weight_diff.py --sizes 0.3B,1.1B --work_dir /tmp/weight_diff_benchmark
+    python benchmarks/weight_diff.py run --sizes 0.3B,1.1B --work_dir /tmp/weight_diff_benchmark
 
 Writes pairs of random float32 LLaMA checkpoints (9 GB each time for 1.1 B parameters, 18 GB of memory for the
 reference), removes them, and writes benchmarks/results/weight_diff.json. Every figure of a size comes from one run.
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import numpy as np
 
@@ -82,8 +83,8 @@ def write_pair(size: str, raw: str, tuned: str) -> None:
                 other.write((values + generator.standard_normal(count) * 1e-3).astype(np.float32))
 
 
-def measure(command: list[str]) -> dict:
-    """Seconds, processor seconds and peak resident memory of a process; what it wrote is synced afterwards, untimed."""
+def measure(command: list[str], target: str) -> dict:
+    """Seconds, the same until `target` is on the disk, processor seconds and peak resident memory of a process."""
     before, start = os.times(), time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     peak = 0
@@ -95,9 +96,13 @@ def measure(command: list[str]) -> dict:
     seconds, after = time.perf_counter() - start, os.times()
     if process.returncode:
         raise SystemExit(f"failed with {process.returncode}: {' '.join(command)}")
-    os.sync()
+    for entry in os.scandir(target):
+        with open(entry, "rb") as file:
+            os.fsync(file.fileno())
+    synced = time.perf_counter() - start
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_mb": round(peak / 1024, 1)}
+    figures = {"seconds": seconds, "synced_seconds": synced, "cpu_seconds": cpu, "peak_mb": peak / 1024}
+    return {name: round(figure, 2) for name, figure in figures.items()}
 
 
 def run_size(size: str, folder: str, repeats: int, reference: bool) -> dict:
@@ -105,27 +110,17 @@ def run_size(size: str, folder: str, repeats: int, reference: bool) -> dict:
     raw, tuned, diff, out, copy = (os.path.join(folder, n) for n in ("raw", "tuned", "diff", "out", "copy"))
     write_pair(size, raw, tuned)
     os.sync()
-    script = [sys.executable, os.path.join(ROOT, "weight_diff.py")]
-    make = [*script, "make_diff", "--path_raw", raw, "--path_tuned", tuned, "--path_diff", diff]
-    recover = [
-        *script,
-        "recover",
-        "--path_raw",
-        raw,
-        "--path_diff",
-        diff,
-        "--path_tuned",
-        out,
-        "--test_inference=False",
-    ]
+    script, ends = [sys.executable, os.path.join(ROOT, "weight_diff.py")], ["--path_raw", raw, "--path_diff", diff]
+    make = [*script, "make_diff", *ends, "--path_tuned", tuned]
+    recover = [*script, "recover", *ends, "--path_tuned", out, "--test_inference=False"]
     runs: dict[str, list[dict]] = {"cp": [], "make_diff": [], "recover": []}
     for _ in range(repeats):
         for target in (diff, out):
             shutil.rmtree(target, ignore_errors=True)
-        runs["cp"].append(measure(["cp", "-r", tuned, copy]))
+        runs["cp"].append(measure(["cp", "-r", tuned, copy], copy))
         shutil.rmtree(copy)
-        runs["make_diff"].append(measure(make))
-        runs["recover"].append(measure(recover))
+        runs["make_diff"].append(measure(make, diff))
+        runs["recover"].append(measure(recover, out))
     same = all(
         subprocess.run(["cmp", "-s", os.path.join(tuned, n), os.path.join(out, n)], check=False).returncode == 0
         for n in os.listdir(tuned)
@@ -135,20 +130,20 @@ def run_size(size: str, folder: str, repeats: int, reference: bool) -> dict:
     if reference:
         for name, other, target in (("make_diff", tuned, diff), ("recover", diff, out)):
             command = [sys.executable, "-c", REFERENCE, name, raw, other, target]
-            runs[f"two models: {name}"] = [measure(command)]
-    best = {name: min(found, key=lambda run: run["seconds"]) for name, found in runs.items()}
-    cp = best["cp"]["seconds"]
+            runs[f"two models: {name}"] = [measure(command, target)]
+    best = {name: min(found, key=lambda figures: figures["seconds"]) for name, found in runs.items()}
     result: dict = {"output_gb": round(sum(e.stat().st_size for e in os.scandir(tuned)) / 1e9, 3), "identical": same}
-    for name, run in best.items():
-        whole = {**run, "times_cp": round(run["seconds"] / cp, 2)}
-        ours = best.get(name.removeprefix("two models: "))
+    for name, figures in best.items():
+        result[name] = {**figures, "times_cp": round(figures["seconds"] / best["cp"]["seconds"], 2)}
+        result[name]["times_cp_synced"] = round(figures["synced_seconds"] / best["cp"]["synced_seconds"], 2)
         if name.startswith("two models"):
-            whole["times_ours"] = round(run["seconds"] / ours["seconds"], 1)
-        result[name] = {**whole, "all_seconds": [r["seconds"] for r in runs[name]]}
+            ours = best[name.removeprefix("two models: ")]["seconds"]
+            result[name]["times_ours"] = round(figures["seconds"] / ours, 1)
+        result[name]["all_seconds"] = [found["seconds"] for found in runs[name]]
     return result
 
 
-def main(
+def run(
     sizes: str = "0.3B,1.1B",
     work_dir: str = "/tmp/weight_diff_benchmark",
     repeats: int = 3,
@@ -168,7 +163,7 @@ def main(
         raise UserError(f"--work_dir {work_dir} exists; name a new folder")
     result: dict = {
         "device": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release()}",
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "versions": {name: version(name) for name in ("numpy", "torch", "transformers")},
         "commit": subprocess.getoutput(f"git -C {ROOT} rev-parse --short HEAD"),
         "sizes": {},
     }  # fmt: skip
@@ -184,4 +179,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli({"main": main})
+    run_cli({"run": run})

@@ -399,6 +399,14 @@ def test_wrong_shapes_and_names_are_refused_before_anything_is_written(pair, tmp
     assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]
 
 
+def test_llama_sizes_are_told_by_shape():
+    for hidden, layers, name in ((4096, 32, "LLaMA-7B"), (5120, 40, "LLaMA-13B"), (64, 2, "a model")):
+        shapes = {EMBED: (9, hidden), **{f"model.layers.{i}.input_layernorm.weight": (hidden,) for i in range(layers)}}
+        tensors = {n: checkpoint_files.Tensor(n, "F32", s, "", 0) for n, s in shapes.items()}
+        found = checkpoint_files.Checkpoint("", tensors).looks_like
+        assert found == f"{name} of hidden size {hidden}, {layers} layers, 9 rows"
+
+
 def test_damaged_and_missing_files_are_named(pair, tmp_path):
     shard = "model-00002-of-00002.safetensors"
 
