@@ -19,6 +19,7 @@ import time
 OUTPUT = "demo_output"
 DATA = f"{OUTPUT}/generated/alpaca_data.json"
 RAW, TUNED, DIFF, RECOVERED = (f"{OUTPUT}/{name}" for name in ("tiny_llama", "tuned", "diff", "recovered"))
+TASKS = 100  # what generate_instruction.py makes by default
 NEEDED_GIB = {"install": 6, "run": 1}  # torch and its friends: 2 GiB as a CPU build, more with CUDA's libraries
 GENERATE = "python -m generate_instruction generate_instruction_following_data"
 
@@ -66,6 +67,12 @@ def run(command):
     return "".join(printed)
 
 
+def load(path):
+    """Reads a JSON file."""
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
 def free_port():
     """Finds a port on loopback that nobody listens on."""
     with socket.socket() as probe:
@@ -94,17 +101,18 @@ def generate(port):
     )
     server = start_replay(port)
     try:
-        with open("recordings/completions.jsonl", encoding="utf-8") as recording:
-            requests = sum(1 for _ in recording)
         run(
             f"{GENERATE} --output_dir {OUTPUT}/generated --base_url http://127.0.0.1:{port}/v1 --model_name recorded "
-            f"--seed 0 --num_instructions_to_generate 5000 --max_requests {requests}"
+            f"--seed 0 --num_instructions_to_generate {TASKS} --price_input 0 --price_output 0"
         )
     finally:
         server.send_signal(signal.SIGINT)
         server.wait()
-    same = filecmp.cmp(DATA, "alpaca_data.json", shallow=False)
-    print(f"{DATA} {'equals' if same else 'DIFFERS FROM'} the bundled alpaca_data.json, byte for byte.")
+    if load(DATA) != load("alpaca_data.json")[:TASKS]:
+        refuse(f"{DATA} is not the beginning of the bundled alpaca_data.json; has a file of the project changed?")
+    print(
+        f"\nThese are the first {TASKS} of the bundled alpaca_data.json, made by the same command with a larger number."
+    )
 
 
 def fine_tune(port):
@@ -114,23 +122,21 @@ def fine_tune(port):
         "A tiny LLaMA with random weights and a tokenizer trained on the data: it can learn these answers by heart,\n"
         "    and nothing else. The flags are the paper's; model, batch, epochs and learning rate are toy-sized.",
     )
-    run(f"python tiny_model.py make --config configs/tiny_llama.json --data_path {DATA} --output_dir {RAW}")
+    run(f"python tiny_model.py make --config configs/tiny_llama.json --data_path alpaca_data.json --output_dir {RAW}")
     run(
         f"torchrun --nproc_per_node=2 --master_port={port} train.py --model_name_or_path {RAW} --data_path {DATA} "
-        f"--bf16 True --output_dir {TUNED} --num_train_epochs 8 --per_device_train_batch_size 4 "
+        f"--bf16 True --output_dir {TUNED} --num_train_epochs 24 --per_device_train_batch_size 2 "
         "--per_device_eval_batch_size 4 --gradient_accumulation_steps 2 --evaluation_strategy no "
-        "--save_strategy steps --save_steps 2000 --save_total_limit 1 --learning_rate 2e-3 --weight_decay 0. "
-        "--warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 "
+        "--save_strategy steps --save_steps 2000 --save_total_limit 1 --learning_rate 4e-3 --weight_decay 0. "
+        "--warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 10 "
         "--fsdp 'full_shard auto_wrap' --fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer --tf32 True"
     )
-    with open(f"{TUNED}/trainer_state.json", encoding="utf-8") as file:
-        losses = [entry["loss"] for entry in json.load(file)["log_history"] if "loss" in entry]
-    tenth = max(1, len(losses) // 10)
-    print("\nTraining loss, mean of each tenth of the run:")
-    for i in range(0, len(losses) - tenth + 1, tenth):
-        mean = sum(losses[i : i + tenth]) / tenth
-        print(f"  step {i + 1:5d}  {mean:6.3f}  {'#' * round(6 * mean)}")
-    return losses
+    state = load(f"{TUNED}/trainer_state.json")
+    logged = [entry for entry in state["log_history"] if "loss" in entry]
+    print("\nTraining loss:")
+    for entry in logged[:: max(1, len(logged) // 10)]:
+        print(f"  step {entry['step']:4d}  {entry['loss']:6.3f}  {'#' * round(6 * entry['loss'])}")
+    return state["global_step"]
 
 
 def diff_and_recover():
@@ -144,7 +150,8 @@ def diff_and_recover():
         f"python weight_diff.py recover --path_raw {RAW} --path_diff {DIFF} --path_tuned {RECOVERED} "
         "--test_inference False"
     )
-    names = sorted(os.listdir(RECOVERED))
+    run(f"python weight_diff.py verify --path {RECOVERED}")
+    names = sorted(set(os.listdir(RECOVERED)) - {"weight_diff.json"})  # the manifest that verify reads
     _, different, missing = filecmp.cmpfiles(TUNED, RECOVERED, names, shallow=False)
     print(f"\n{len(names)} files in {RECOVERED}: {', '.join(names)}")
     if different or missing:
@@ -158,9 +165,7 @@ def answer():
         "4 of 4 · Ask the recovered model",
         "An instruction from its training data. A tiny model repeats what it has seen; it knows nothing of the world.",
     )
-    with open(DATA, encoding="utf-8") as file:
-        examples = [example for example in json.load(file) if not example["input"] and '"' not in str(example)]
-    example = min(examples, key=lambda example: len(example["output"]))
+    example = next(example for example in load(DATA) if not example["input"])
     said = run(
         f"python inference.py answer --model_path {RECOVERED} --instruction {shlex.quote(example['instruction'])}"
     )
@@ -182,14 +187,14 @@ def main():
         shutil.rmtree(OUTPUT)
     started = time.monotonic()
     generate(port)
-    losses = fine_tune(free_port())
+    steps = fine_tune(free_port())
     diff_and_recover()
     answer()
     print(f"""
 === Done in {time.monotonic() - started:.0f} seconds. What was made, under {OUTPUT}:
     generated/   regen.json, alpaca_data.json, and the journal of every request
     tiny_llama/  the base model, random weights
-    tuned/       the same after {len(losses)} optimizer steps
+    tuned/       the same after {steps} optimizer steps
     diff/        tuned minus base, and what makes the recovery exact
     recovered/   base plus diff: the tuned model again
 
