@@ -109,14 +109,12 @@ def load(model_path: str, device: str | None = None, dtype: str | None = None) -
     try:
         model, missing = _load_model(base, device, dtype)
         own = os.path.exists(os.path.join(model_path, "tokenizer_config.json"))
-        tokenizer, notes = load_tokenizer(model_path if own else base, model_max_length=_context(model.config))
+        tokenizer, _ = load_tokenizer(model_path if own else base, model_max_length=_context(model.config))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         asked = "" if os.path.exists(base) else "there is no such folder, and the Hub was asked in vain; "
         raise UserError(f"cannot load {base}: {asked}{' '.join(str(error).split())[:300]}") from error
     if missing:  # transformers fills them with random numbers and goes on: the gibberish that users report
         raise UserError(f"{base} lacks {len(missing)} of the model's tensors, {missing[0]} first; copy it again")
-    for note in notes:
-        say(note)
     if os.path.exists(adapter):
         model = _with_adapter(model, model_path, len(tokenizer))
     alpaca = Alpaca(model.eval(), tokenizer, model_path)

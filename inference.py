@@ -58,10 +58,12 @@ def _print_answer(alpaca: Alpaca, example: dict[str, str], settings: Any, seed: 
     ids, notice = alpaca.encode(example, settings.max_new_tokens)
     if notice:
         say(f"warning: {notice}")
-    with contextlib.closing(alpaca.stream(ids, settings, seed)) as pieces:
-        for piece in pieces:
-            print(piece, end="", flush=True)
-    print()
+    try:
+        with contextlib.closing(alpaca.stream(ids, settings, seed)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
 
 
 def chat(
@@ -95,7 +97,7 @@ def chat(
         try:
             _print_answer(alpaca, {"instruction": instruction, "input": context}, settings, seed)
         except KeyboardInterrupt:
-            say("\ninterrupted")
+            say("interrupted")
     say("")
 
 
@@ -145,8 +147,10 @@ def batch(
         dtype: float32, bfloat16, float16; what fits the device when left out.
         overwrite: whether an output that is already there may be replaced.
     """
-    if os.path.exists(output) and not overwrite:
-        raise UserError(f"{output} exists; name another --output or give --overwrite")
+    if os.path.isdir(output) or (os.path.exists(output) and not overwrite):
+        raise UserError(
+            f"{output} exists; name another --output{'' if os.path.isdir(output) else ' or give --overwrite'}"
+        )
     if batch_size < 1:
         raise UserError(f"--batch_size must be 1 or more, found {batch_size}")
     examples = load_instances(data)

@@ -1,6 +1,7 @@
 """inference.py on a tiny LLaMA that the fixture teaches a handful of answers word for word."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -116,11 +117,27 @@ def test_streamed_pieces_are_the_taught_answer(alpaca, lesson):
     assert notice is None
 
 
-def test_chat_answers_each_instruction_on_its_own_and_leaves_at_end_of_input(root, model_path):
+def test_chat_answers_each_instruction_on_its_own_and_leaves_at_end_of_input(model_path, monkeypatch, capsys):
     lines = "Count to forty.\n\n\nTranslate to French.\nGood morning\nName the three primary colors.\n\n"
-    done = run(root, "chat", "--model_path", model_path, stdin=lines)
-    assert done.returncode == 0
-    assert done.stdout.splitlines() == [LESSONS[5]["output"], "Bonjour", "Red, blue and yellow."]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    inference.chat(model_path)
+    assert capsys.readouterr().out.splitlines() == [LESSONS[5]["output"], "Bonjour", "Red, blue and yellow."]
+
+
+def test_interrupt_ends_the_answer_and_not_the_chat(model_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Count to forty.\n\nName the three primary colors.\n\n"))
+    stream, asked = generation.Alpaca.stream, []
+
+    def interrupted_once(*args):
+        for piece in stream(*args):
+            yield piece
+            if not asked:
+                asked.append(piece)
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation.Alpaca, "stream", interrupted_once)
+    inference.chat(model_path)
+    assert capsys.readouterr().out.splitlines() == [asked[0], "Red, blue and yellow."]
 
 
 def test_checkpoints_own_sampling_settings_are_not_inherited(model_copy):
@@ -181,6 +198,17 @@ def test_batches_equal_one_at_a_time_in_input_order(model_path, data_path, alpac
         assert record["output"] == "".join(alpaca.stream(alpaca.encode(record, 60)[0], settings))
     assert [r["output"] for r in one[2:10:2]] == [lesson["output"] for lesson in LESSONS[1:5]]
     assert not os.path.exists(tmp_path / "1.json.partial.jsonl")
+
+
+def test_batches_of_opt_equal_one_at_a_time(root, tmp_path):
+    jdump(LESSONS, str(tmp_path / "lessons.json"))
+    tiny_model.make(
+        f"{root}/configs/tiny_opt.json", str(tmp_path / "lessons.json"), str(tmp_path / "opt"), vocab_size=420
+    )
+    alpaca = generation.load(str(tmp_path / "opt"))
+    prompts = [alpaca.encode(example, 30)[0] for example in [*LESSONS, *UNTAUGHT]]
+    settings = alpaca.settings(30, 0.0, 1.0)
+    assert alpaca.generate(prompts, settings) == [alpaca.generate([ids], settings)[0] for ids in prompts]
 
 
 def test_rows_with_near_ties_are_asked_again_alone(alpaca, monkeypatch):
