@@ -9,34 +9,26 @@ with `position_ids` that say where each token stands in its example. Attention k
 them see its prefix, whose states are the same in every example because a causal model without dropout computes them
 from the prefix alone. Loss and gradients are the padded batch's, to rounding.
 
-`choose` says whether a model fits, `find_prefixes` looks for prefixes worth sharing, `make_passes` lays out a step,
-`install` teaches a model to turn a `Pass` into its loss: `model(packed=batch) -> loss`.
+`choose` says whether a model fits, `find_prefixes` looks for prefixes worth sharing, `make_passes` lays out a step for
+`packed_model.py` to compute, and `PackedTrainer` takes it into the Trainer's loop.
 """
 
 import contextlib
 import dataclasses
-import inspect
-import types
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, Trainer
-from transformers.masking_utils import sdpa_mask
+from transformers import Trainer
 
-from packed_attention import Layout, make_layout, packed_attention, to_device
+from packed_model import Pass, install, make_layout, to_device
 from utils import UserError
 
 IGNORE_INDEX = -100
-ATTENTION = "alpaca_packed"  # the name under which transformers knows packed_attention
 # Decoder-only families whose every layer hands its keyword arguments down to the attention function, and whose loss is
 # nothing but cross-entropy of lm_head's output. tests/test_packing.py compares each of them with its padded self.
 FAMILIES = ("llama", "opt", "mistral", "qwen2", "qwen3")
-# Logits of one chunk, in float32 numbers: 256 MiB, and about four times that while their gradient is made.
-CHUNK_LOGITS = 2**26
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,18 +201,6 @@ def token_weight(reduction: str, supervised: int, accumulation: int, step_superv
 # Passes
 
 
-@dataclasses.dataclass
-class Pass:
-    """What one forward and backward pass computes: the sum of `weights` times the cross-entropies of `targets`."""
-
-    input_ids: torch.Tensor  # [1, tokens]
-    position_ids: torch.Tensor  # [1, tokens]
-    layout: Layout
-    supervised: torch.Tensor  # [supervised], the token that predicts
-    targets: torch.Tensor  # [supervised], what it should predict
-    weights: torch.Tensor  # [supervised], float64
-
-
 def make_passes(
     documents: Sequence[Document], max_tokens: int, agree: Callable[[int], int] = lambda passes: passes
 ) -> list[Pass]:
@@ -289,75 +269,6 @@ def _lay_out(documents: Sequence[Document]) -> Pass:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model
-
-
-def install(model: torch.nn.Module) -> None:
-    """Teaches a causal language model of transformers, or one that peft wraps, `model(packed=Pass) -> loss`.
-
-    Without `packed` it does what it did. It stays one call of the outermost module, so that FSDP2, DDP and DeepSpeed
-    gather and reduce as ever. To be called before any of them wraps the model.
-    """
-    AttentionInterface.register(ATTENTION, packed_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # padded batches, in evaluation, still need theirs
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    model.set_attn_implementation(ATTENTION)
-    original = model.forward
-
-    def forward(self, *args, packed: Pass | None = None, **kwargs):
-        return original(*args, **kwargs) if packed is None else _packed_loss(self, packed)
-
-    forward.__signature__ = inspect.signature(type(model).forward)  # the Trainer reads which columns it takes
-    model.forward = types.MethodType(forward, model)
-
-
-def _packed_loss(model: torch.nn.Module, batch: Pass) -> torch.Tensor:
-    hidden_states = model.base_model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        # A 4-D mask is handed through as it is. With None transformers would build one of tokens x tokens; with a
-        # 2-D one, or with use_cache, documents would see each other in other attention functions.
-        attention_mask=torch.empty(1, 1, 0, 0, dtype=torch.bool, device=batch.input_ids.device),
-        use_cache=False,
-        packed_layout=batch.layout,
-    ).last_hidden_state
-    return supervised_loss(
-        hidden_states[0].index_select(0, batch.supervised), model.get_output_embeddings(), batch.targets, batch.weights
-    )
-
-
-def supervised_loss(
-    hidden_states: torch.Tensor, lm_head: Callable, targets: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """The weighted sum of cross-entropies, in float32 at least, without ever holding all logits.
-
-    Args:
-        hidden_states: [supervised, hidden], of the tokens that predict a supervised one.
-        lm_head: hidden states to logits; runs in the model's compute type, as in a padded batch.
-        targets: [supervised].
-        weights: [supervised].
-
-    Returns:
-        A scalar.
-    """
-    rows = max(1, CHUNK_LOGITS // lm_head.weight.shape[0])
-    chunks = list(zip(hidden_states.split(rows), targets.split(rows), weights.split(rows), strict=True))
-    if len(chunks) == 1:
-        return _chunk_loss(lm_head, *chunks[0])
-    # Chunks recompute their logits in the backward pass: 0.3 % of a 7B model's work, and 4 GiB of logits less.
-    losses = [
-        checkpoint(_chunk_loss, lm_head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
-    ]
-    return torch.stack(losses).sum()
-
-
-def _chunk_loss(lm_head: Callable, hidden_states, targets, weights) -> torch.Tensor:
-    logits = lm_head(hidden_states)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (F.cross_entropy(logits, targets, reduction="none") * weights.to(logits.dtype)).sum()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The Trainer
 
 
@@ -389,7 +300,7 @@ class PackedTrainer(Trainer):
         self.max_tokens_per_pass = max_tokens_per_pass
         documents = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.prefixes = find_prefixes(self.train_dataset, documents) if shared_prefix else []
-        lengths = " and ".join(str(len(prefix)) for prefix in self.prefixes)
+        lengths = " and ".join(map(str, sorted(map(len, self.prefixes))))
         shares = f", shared prefixes of {lengths} tokens" if lengths else ", no shared prefix"
         return f"padding-free: passes of at most {max_tokens_per_pass:,} tokens{shares}"
 

@@ -81,6 +81,7 @@ class Plan:
         length: tokens per example at most.
         half: whether it computes in 16 bits.
         checkpointing: whether activations are recomputed.
+        masters: bytes of a trained weight; its gradient and Adam's two moments take as many each.
     """
 
     sharding: str
@@ -90,24 +91,24 @@ class Plan:
     length: int
     half: bool
     checkpointing: bool = False
+    masters: int = 4
 
 
 def estimate(shape: ModelShape, plan: Plan) -> tuple[float, float]:
     """Estimates the memory of a run.
 
-    Weights, gradients and Adam's two moments take 4 bytes each. A sharded run gathers one layer at a time and the
-    embedding. Activations are 34 bytes per token, hidden unit and layer in 16 bits (Korthikanti et al. 2022,
-    "Reducing Activation Recomputation in Large Transformer Models", without the attention matrix, which fused
-    kernels don't store), twice that in 32; logits are held in the compute type and, with their softmax and gradient,
-    in float32.
+    Weights, gradients and Adam's two moments take 4 bytes each (2 in pure bfloat16). A sharded run gathers one layer
+    at a time and the embedding. Activations are 34 bytes per token, hidden unit and layer in 16 bits (Korthikanti et
+    al. 2022, "Reducing Activation Recomputation in Large Transformer Models", without the attention matrix, which
+    fused kernels don't store), twice that in 32; logits are held in the compute type and, with their softmax and
+    gradient, in float32.
 
     Returns:
         Bytes on each device, and bytes in the memory of this machine (on a CPU both are the host's).
     """
     compute = 2 if plan.half else 4
     frozen = shape.parameters - shape.trainable
-    weights = 4 * shape.trainable + compute * frozen
-    states = weights + 12 * shape.trainable
+    states = 4 * plan.masters * shape.trainable + compute * frozen
     tokens = plan.batch * plan.length
     per_layer = tokens * shape.hidden * (17 * compute)
     activations = per_layer * (1 if plan.checkpointing else shape.layers)
@@ -116,7 +117,8 @@ def estimate(shape: ModelShape, plan: Plan) -> tuple[float, float]:
     gathered = 2 * shape.largest_unit * compute
     loading = plan.local * 4 * shape.parameters
     if plan.sharding == "none":
-        device, host = states + (2 * shape.trainable if plan.half else 0), loading
+        autocast = 2 * shape.trainable if plan.half and plan.masters == 4 else 0
+        device, host = states + autocast, loading
     elif plan.sharding == "fsdp":
         device, host = states / plan.world + gathered, loading
     elif plan.sharding == "offload":
@@ -219,6 +221,7 @@ def plan_of(args) -> Plan:
         length=args.model_max_length,
         half=args.bf16 or args.fp16,
         checkpointing=bool(args.gradient_checkpointing),
+        masters=2 if args.pure_bf16 else 4,
     )
 
 

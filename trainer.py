@@ -23,6 +23,12 @@ class AlpacaTrainer(packing.PackedTrainer):
     def __init__(self, *args, shape: resources.ModelShape, **kwargs):
         """Chooses how the losses of a step's micro-batches are weighed."""
         super().__init__(*args, **kwargs)
+        halves = [name for name, p in self.model.named_parameters() if p.requires_grad and p.element_size() < 4]
+        if halves and not self.args.pure_bf16:
+            raise UserError(
+                f"{halves[0]} would be trained in 16 bits, where small updates vanish; load the model with "
+                "dtype=torch.float32 (--bf16 computes in bfloat16 all the same), or give --pure_bf16"
+            )
         # The one place that decides it. True: the Trainer divides by the tokens of the whole step, over accumulation
         # and ranks. False: each micro-batch is averaged over its own tokens, then the micro-batches over each other.
         self.model_accepts_loss_kwargs = self.args.loss_reduction == "global"

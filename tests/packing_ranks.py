@@ -9,6 +9,7 @@ import torch.distributed as dist
 from test_packing import gradients, load_examples, make_model, micro_batches, packed_loss, padded_loss, worst
 from torch.distributed.fsdp import fully_shard
 
+import packed_model
 import packing
 
 TINY = 300  # tokens per pass: ranks need different numbers of passes
@@ -27,7 +28,7 @@ def sharded_errors(examples: list[dict], name: str, reduction: str, max_tokens: 
     expected = padded_loss(reference, batches, reduction)
     expected.backward()
     model = make_model(name)
-    packing.install(model)
+    packed_model.install(model)
     decoder = model.model.decoder if name == "opt" else model.model
     for layer in decoder.layers:
         fully_shard(layer)

@@ -7,13 +7,16 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import packed_model
 import packing
+import resources
 from utils import UserError, format_prompt
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
@@ -155,7 +158,7 @@ CASES = [(name, *way) for name in CONFIGS for way in (ALL_WAYS if name in ("llam
 def test_loss_and_every_gradient_equal_the_padded_batches(examples, reference, name, reduction, shared, max_tokens):
     expected_loss, expected = reference(name, reduction)
     model = make_model(name)
-    packing.install(model)
+    packed_model.install(model)
     loss, passes = packed_loss(model, micro_batches(examples, 4), reduction, shared, max_tokens)
     assert (len(passes) == 1) == (max_tokens == 100_000)
     assert shared == any(one.layout.copies for one in passes)
@@ -179,7 +182,7 @@ def test_two_ranks_under_fsdp2_get_the_padded_gradients(tmp_path, root):
 def test_passes_added_to_keep_step_with_other_ranks_change_nothing(examples, reference, count):
     expected_loss, expected = reference("llama", "micro_batch")
     model = make_model()
-    packing.install(model)
+    packed_model.install(model)
     batches = micro_batches(examples, 4)
     loss, passes = packed_loss(model, batches, "micro_batch", True, 100_000, agree=lambda passes: count)
     assert len(passes) == count
@@ -208,7 +211,7 @@ def test_a_document_longer_than_a_pass_gets_one_of_its_own(examples):
 @pytest.mark.parametrize("shared", [False, True], ids=["padding-free", "shared-prefix"])
 def test_changing_one_document_changes_no_others_logits(examples, name, shared):
     model = make_model(name)
-    packing.install(model)
+    packed_model.install(model)
     prefixes = packing.find_prefixes(examples, 16) if shared else []
     changed = {**examples[5], "input_ids": examples[5]["input_ids"].clone()}
     changed["input_ids"][60:] = 7
@@ -263,10 +266,10 @@ def test_llamas_tokens_have_prefixes_of_29_and_39(reference_dir):
 
 
 def test_chunked_logits_give_the_same_loss_and_gradients(examples, reference, monkeypatch):
-    monkeypatch.setattr(packing, "CHUNK_LOGITS", 512 * 50)
+    monkeypatch.setattr(packed_model, "CHUNK_LOGITS", 512 * 50)
     expected_loss, expected = reference("llama", "global")
     model = make_model()
-    packing.install(model)
+    packed_model.install(model)
     loss, _ = packed_loss(model, micro_batches(examples, 4), "global", True, 100_000)
     assert loss.item() == pytest.approx(expected_loss, rel=1e-7)
     assert worst(gradients(model), expected) < 1e-7
@@ -275,7 +278,7 @@ def test_chunked_logits_give_the_same_loss_and_gradients(examples, reference, mo
 def test_gradient_checkpointing_gives_the_same_gradients(examples, reference):
     expected_loss, expected = reference("llama", "micro_batch")
     model = make_model()
-    packing.install(model)
+    packed_model.install(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     loss, _ = packed_loss(model, micro_batches(examples, 4), "micro_batch", True, 600)
     assert loss.item() == pytest.approx(expected_loss, rel=1e-7)
@@ -286,7 +289,7 @@ def test_a_padded_batch_gets_the_same_logits_as_before(examples):
     batch = collate(examples[:4])
     model = make_model()
     before = model(**batch)
-    packing.install(model)
+    packed_model.install(model)
     after = model(**batch)
     assert torch.equal(before.logits, after.logits)
     assert torch.equal(before.loss, after.loss)
@@ -294,32 +297,28 @@ def test_a_padded_batch_gets_the_same_logits_as_before(examples):
 
 def test_a_saved_config_names_no_attention_of_ours(tmp_path):
     model = make_model()
-    packing.install(model)
+    packed_model.install(model)
     model.save_pretrained(tmp_path)
-    assert packing.ATTENTION not in (tmp_path / "config.json").read_text()
+    assert packed_model.ATTENTION not in (tmp_path / "config.json").read_text()
 
 
 def test_flex_attentions_mask_is_the_same_rule(examples):
     from torch.nn.attention.flex_attention import flex_attention
 
-    import packed_attention
-
     documents = packing.documents_of(collate(examples[:6]), 1.0, packing.find_prefixes(examples, 16))
     (one,) = packing.make_passes(documents, 10**6)
     states = [torch.randn(1, 4, one.input_ids.shape[1], 16) for _ in range(3)]
-    expected = packed_attention._per_document(*states, one.layout, None)
+    expected = packed_model._per_document(*states, one.layout, None)
     found = flex_attention(*states, block_mask=one.layout.block_mask).transpose(1, 2)
     torch.testing.assert_close(found, expected)
 
 
 def test_gathered_keys_give_the_gradient_of_index_select(examples):
-    import packed_attention
-
     documents = packing.documents_of(collate(examples), 1.0, packing.find_prefixes(examples, 16))
     layout = packing.make_passes(documents, 10**6)[0].layout
     states = torch.randn(int(layout.cu_seqlens_q[-1]), 2, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(int(layout.cu_seqlens_k[-1]), 2, 4, dtype=torch.float64)
-    gathered = packed_attention._Gather.apply(states, layout.kv_index, layout.own, layout.copies)
+    gathered = packed_model._Gather.apply(states, layout.kv_index, layout.own, layout.copies)
     (found,) = torch.autograd.grad((gathered * weights).sum(), states)
     (expected,) = torch.autograd.grad((states[layout.kv_index] * weights).sum(), states)
     torch.testing.assert_close(found, expected)
@@ -366,6 +365,117 @@ def test_lora_dropout_counts_as_dropout():
     config = AutoConfig.for_model("llama")
     assert packing.choose(config, "auto", "auto", lora_dropout=0.05)[:2] == (False, False)
     assert packing.choose(config, "auto", "auto", lora_dropout=0.0)[:2] == (True, True)
+
+
+def test_compiled_layers_give_the_same_gradients_from_few_graphs(examples, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    def stand_in(query, key, value, *seqlens, scale, window_size):
+        """Same shapes as varlen_attn, which no CPU runs; what it computes does not matter here."""
+        return query + key.mean(0) + value.sum(0) / seqlens[-1]
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    monkeypatch.setattr(packed_model, "_per_document", packed_model._varlen)
+    prefixes = packing.find_prefixes(examples, 16)
+    plain, compiled = make_model(dtype=torch.float32), make_model(dtype=torch.float32)
+    packed_model.install(plain)
+    packed_model.install(compiled)
+    torch._dynamo.reset()
+    counters.clear()
+    packed_model.compile_layers(compiled, backend="aot_eager")
+    for chosen in (examples, examples[:7], examples[3:9], examples[1:], examples[4:]):
+        (one,) = packing.make_passes(packing.documents_of(collate(chosen), 0.01, prefixes), 10**6)
+        plain(packed=one).backward()
+        compiled(packed=one).backward()
+    assert worst(gradients(compiled), gradients(plain)) < 1e-6
+    assert counters["graph_break"] == {}
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3  # not one per pass, and not one per layer
+
+
+def test_varlen_attentions_arguments_mean_the_same_documents(examples, reference, monkeypatch):
+    def varlen_by_definition(query, key, value, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, -1)):
+        """What PyTorch documents, document by document: (-1, 0) is causal, the last query at the last key."""
+        assert window_size == (-1, 0)
+        outputs = []
+        for i in range(len(cu_q) - 1):
+            q = query[cu_q[i] : cu_q[i + 1]].transpose(0, 1)
+            k, v = (states[cu_k[i] : cu_k[i + 1]].transpose(0, 1) for states in (key, value))
+            assert q.shape[1] <= max_q
+            assert k.shape[1] <= max_k
+            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+            outputs.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
+        return torch.cat(outputs, 1).transpose(0, 1)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_definition)
+    monkeypatch.setattr(packed_model, "_per_document", packed_model._varlen)
+    for name in ("llama", "llama, grouped queries", "opt"):
+        expected_loss, expected = reference(name, "micro_batch")
+        model = make_model(name)
+        packed_model.install(model)
+        loss, _ = packed_loss(model, micro_batches(examples, 4), "micro_batch", True, 600)
+        assert loss.item() == pytest.approx(expected_loss, rel=1e-7)
+        assert worst(gradients(model), expected) < 1e-7
+
+
+def test_a_world_of_one_under_fsdp2_holds_the_masters_of_adamw(examples):
+    """bfloat16 compute, float32 masters: what AdamW does to them is what it does to plain float32 weights."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, plain = make_model(dtype=torch.float32), make_model(dtype=torch.float32)
+        packed_model.install(model)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for layer in model.model.layers:
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        seen = []
+        model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda module, _: seen.append(module.weight.dtype))
+        optimizers = [torch.optim.AdamW(m.parameters(), lr=2e-5, weight_decay=0.01) for m in (model, plain)]
+        for step in range(3):
+            packed_loss(model, micro_batches(examples[step:][:8], 4), "micro_batch", True, 600)
+            for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+                other.grad = mine.grad.full_tensor().clone()
+                assert mine.dtype == mine.grad.dtype == torch.float32
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        assert set(seen) == {torch.bfloat16}
+        states = optimizers[0].state.values()
+        assert {state[name].dtype for state in states for name in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+        for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(mine.full_tensor(), other)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_steps_of_2e_5_vanish_in_pure_bfloat16():
+    for dtype, moved in ((torch.float32, True), (torch.bfloat16, False)):
+        weight = torch.nn.Parameter(torch.full((8,), 0.02, dtype=dtype))
+        weight.grad = torch.ones_like(weight)
+        torch.optim.AdamW([weight], lr=2e-5, weight_decay=0.0).step()
+        assert bool((weight.float() != torch.tensor(0.02, dtype=dtype).float()).all()) == moved
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["_varlen", "_flex"])
+def test_attention_on_a_gpu_agrees_with_float64_on_the_cpu(examples, attention):
+    documents = packing.documents_of(collate(examples), 1.0, packing.find_prefixes(examples, 16))
+    layout = packing.make_passes(documents, 10**6)[0].layout
+    torch.manual_seed(0)
+    states = [torch.randn(1, 4, int(layout.cu_seqlens_q[-1]), 64, dtype=torch.float64) for _ in range(3)]
+    upstream = torch.randn(1, states[0].shape[2], 4, 64, dtype=torch.float64)
+    dtype = torch.bfloat16 if attention == "_varlen" else torch.float32
+    results = []
+    for attend, kind, device in ((packed_model._per_document, torch.float64, "cpu"), (attention, dtype, "cuda")):
+        attend = getattr(packed_model, attend) if isinstance(attend, str) else attend
+        inputs = [one.to(device, kind).requires_grad_() for one in states]
+        output = attend(*inputs, packed_model.to_device(layout, device), None)
+        found = torch.autograd.grad(output, inputs, upstream.to(device, kind))
+        results.append([one.detach().double().cpu() for one in (output, *found)])
+    for expected, found in zip(*results, strict=True):
+        assert float((found - expected).norm() / expected.norm()) < (1e-2 if attention == "_varlen" else 2e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,3 +545,100 @@ def test_two_ranks_of_train_py_end_with_the_padded_runs_weights(trainee, tmp_pat
     for way in WAYS:
         padded = f"padded {way}" if (tmp_path / f"padded {way}").exists() else "padded ddp"
         assert_same_run(tmp_path / way, tmp_path / padded)
+
+
+def test_losses_are_those_of_the_original_over_32_steps(reference_dir, tmp_path, root):
+    fidelity = os.path.join(reference_dir, "fidelity")
+    model = str(tmp_path / "model")
+    subprocess.run([sys.executable, os.path.join(fidelity, "build_tiny.py"), "llama", model], check=True)
+    with open(os.path.join(fidelity, "reference_lr1e-3.json"), encoding="utf-8") as file:
+        original = json.load(file)
+    with open(os.path.join(fidelity, "alpaca_256.json"), encoding="utf-8") as file:
+        records = json.load(file)
+    (tmp_path / "ordered.json").write_text(json.dumps([records[i] for i in original["order"]]))
+    flags = f"--model_name_or_path {model} --data_path {tmp_path}/ordered.json --output_dir {tmp_path}/out "
+    flags += (
+        "--num_train_epochs 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --learning_rate 1e-3 "
+    )
+    flags += "--weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --seed 42 --logging_steps 1 "
+    flags += "--save_strategy no --report_to none --disable_tqdm True --train_sampling_strategy sequential "
+    run = subprocess.run(
+        [sys.executable, os.path.join(root, "train.py"), *flags.split()], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "padding-free: passes of at most" in run.stdout
+    assert "shared prefixes of 29 and 39 tokens" in run.stdout
+    micro = original["micro"]
+    steps = [micro[i] + micro[i + 1] for i in range(0, len(micro), 2)]  # each was divided by 2 already
+    assert len(steps) == 32
+    assert logged(tmp_path / "out") == pytest.approx(steps, abs=1e-4)
+
+
+def test_a_single_process_under_fsdp2_ends_with_the_padded_runs_weights(trainee, tmp_path, root):
+    common = [*trainee, "--gradient_accumulation_steps", "6"]
+    commands = [
+        [
+            *common,
+            "--output_dir",
+            str(tmp_path / "one"),
+            "--fsdp",
+            "full_shard auto_wrap",
+            "--max_tokens_per_pass",
+            "300",
+        ],
+        [*common, "--output_dir", str(tmp_path / "padded"), "--plain", "--padding_free", "false"],
+    ]
+    for command in commands:  # no torchrun: train.py makes its own world
+        (tmp_path / "commands.json").write_text(json.dumps([command]))
+        script = [sys.executable, os.path.join(root, "tests", "cpu_sharding.py"), str(tmp_path / "commands.json")]
+        run = subprocess.run(script, capture_output=True, text=True, cwd=root)
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert ("FSDP2 wraps LlamaDecoderLayer" in run.stdout) == ("--fsdp" in command)
+    assert_same_run(tmp_path / "one", tmp_path / "padded")
+
+
+def test_passes_are_as_long_as_the_estimate_leaves_room_for():
+    def tokens(**changes):
+        flags = {"deepspeed": None, "fsdp": None, "fsdp_config": {}, "world_size": 1, "bf16": True, "fp16": False}
+        flags |= {"per_device_train_batch_size": 4, "model_max_length": 512, "pure_bf16": False}
+        flags |= {"gradient_checkpointing": False, "device": torch.device("cpu"), **changes}
+        return resources.tokens_per_pass(seven_billion, SimpleNamespace(**flags))
+
+    seven_billion = resources.ModelShape(6_738_423_808, 6_738_423_808, 6_607_343_616, 202_383_360, 4096, 32, 32_001)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resources, "host_memory", lambda: 139 * 2**30)  # of an H200
+        assert 2_000 < tokens(fsdp=True) < 8_000
+        assert tokens(fsdp=True, gradient_checkpointing=True) == 16_384
+        patch.setattr(resources, "host_memory", lambda: 2**30)
+        assert tokens() == 512
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_tokens_per_pass", "20"], "--max_tokens_per_pass 20 is too few for the longest example"),
+        (["--padding_free", "yes"], "--padding_free must be auto, true or false, found 'yes'"),
+        (["--compile_layers", "maybe"], "--compile_layers must be auto, true or false, found 'maybe'"),
+        (["--pure_bf16", "True", "--lora_r", "4"], "--pure_bf16 is for full fine-tuning"),
+    ],
+)
+def test_a_flag_that_makes_no_sense_is_refused_in_one_line(trainee, tmp_path, monkeypatch, flags, message):
+    import train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *trainee, "--output_dir", str(tmp_path / "out"), *flags])
+    with pytest.raises(UserError, match=message):
+        train.train()
+
+
+def test_weights_in_16_bits_are_not_trained_unless_asked_for(trainee, tmp_path, monkeypatch):
+    import train
+
+    flags = [*trainee, "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--gradient_accumulation_steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    load = train.load_model
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_model", lambda *args: load(*args).to(torch.bfloat16))
+        with pytest.raises(UserError, match="would be trained in 16 bits"):
+            train.train()
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--pure_bf16", "True"])
+    train.train()

@@ -1,17 +1,27 @@
-"""Attention within each document of a padding-free pass, and from each to a prefix that several of them share.
+"""A model that computes padding-free passes: `install` teaches it `model(packed=Pass) -> loss`.
 
-`packed_attention` is registered with transformers' AttentionInterface (see packing.install). On a GPU it is PyTorch's
-own variable-length FlashAttention, or `flex_attention` where that does not fit; on a CPU one SDPA call per document.
+Attention stays within each document of a pass, and sees the prefix that several of them share. It is registered with
+transformers' AttentionInterface: on a GPU PyTorch's own variable-length FlashAttention, or `flex_attention` where that
+does not fit; on a CPU one SDPA call per document. Logits are computed where a token is learned, in chunks.
 """
 
 import dataclasses
 import functools
+import inspect
 import itertools
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "alpaca_packed"  # the name under which transformers knows packed_attention
+# Logits of one chunk, in float32 numbers: 256 MiB, and about four times that while their gradient is made.
+CHUNK_LOGITS = 2**26
 
 
 @dataclasses.dataclass
@@ -48,6 +58,18 @@ class Layout:
         tokens = sum(self.lengths)
         make = torch.compile(create_block_mask, dynamic=True) if device.type == "cuda" else create_block_mask
         return make(sees, None, None, tokens, tokens, device=device)
+
+
+@dataclasses.dataclass
+class Pass:
+    """What one forward and backward pass computes: the sum of `weights` times the cross-entropies of `targets`."""
+
+    input_ids: torch.Tensor  # [1, tokens]
+    position_ids: torch.Tensor  # [1, tokens]
+    layout: Layout
+    supervised: torch.Tensor  # [supervised], the token that predicts
+    targets: torch.Tensor  # [supervised], what it should predict
+    weights: torch.Tensor  # [supervised], float64
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -216,3 +238,87 @@ def _flex(query, key, value, layout: Layout, scaling: float | None) -> torch.Ten
     gqa = key.shape[1] != query.shape[1]
     output = _compiled_flex()(query, key, value, block_mask=layout.block_mask, scale=scaling, enable_gqa=gqa)
     return output.transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def install(model: torch.nn.Module) -> None:
+    """Teaches a causal language model of transformers, or one that peft wraps, `model(packed=Pass) -> loss`.
+
+    Without `packed` it does what it did. It stays one call of the outermost module, so that FSDP2, DDP and DeepSpeed
+    gather and reduce as ever. To be called before any of them wraps the model.
+    """
+    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # padded batches, in evaluation, still need theirs
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model.set_attn_implementation(ATTENTION)
+    original = model.forward
+
+    def forward(self, *args, packed: Pass | None = None, **kwargs):
+        return original(*args, **kwargs) if packed is None else _packed_loss(self, packed)
+
+    forward.__signature__ = inspect.signature(type(model).forward)  # the Trainer reads which columns it takes
+    model.forward = types.MethodType(forward, model)
+
+
+def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:
+    """Compiles the decoder layers, each by itself and for any number of tokens.
+
+    One compilation serves all layers. Only their forward passes are compiled: FSDP2's hooks and checkpointing stay
+    outside, names in the state dict as they are. To be called before anything wraps the model.
+    """
+    torch._dynamo.config.suppress_errors = True  # a layer that cannot be compiled runs as it is, with a warning
+    names = set(model._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in names:
+            module.forward = torch.compile(module.forward, dynamic=True, backend=backend)
+
+
+def _packed_loss(model: torch.nn.Module, batch: Pass) -> torch.Tensor:
+    hidden_states = model.base_model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        # A 4-D mask is handed through as it is. With None transformers would build one of tokens x tokens; with a
+        # 2-D one, or with use_cache, documents would see each other in other attention functions.
+        attention_mask=torch.empty(1, 1, 0, 0, dtype=torch.bool, device=batch.input_ids.device),
+        use_cache=False,
+        packed_layout=batch.layout,
+    ).last_hidden_state
+    return supervised_loss(
+        hidden_states[0].index_select(0, batch.supervised), model.get_output_embeddings(), batch.targets, batch.weights
+    )
+
+
+def supervised_loss(
+    hidden_states: torch.Tensor, lm_head: torch.nn.Module, targets: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The weighted sum of cross-entropies, in float32 at least, without ever holding all logits.
+
+    Args:
+        hidden_states: [supervised, hidden], of the tokens that predict a supervised one.
+        lm_head: hidden states to logits; runs in the model's compute type, as in a padded batch.
+        targets: [supervised].
+        weights: [supervised].
+
+    Returns:
+        A scalar.
+    """
+    rows = max(1, CHUNK_LOGITS // lm_head.out_features)
+    if hasattr(lm_head.weight, "ds_id"):  # ZeRO-3 gathers it at every call, and ranks have different numbers of chunks
+        rows = len(targets)
+    chunks = list(zip(hidden_states.split(rows), targets.split(rows), weights.split(rows), strict=True))
+    if len(chunks) == 1:
+        return _chunk_loss(lm_head, *chunks[0])
+    # Chunks recompute their logits in the backward pass: 0.3 % of a 7B model's work, and 4 GiB of logits less.
+    losses = [
+        checkpoint(_chunk_loss, lm_head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
+    ]
+    return torch.stack(losses).sum()
+
+
+def _chunk_loss(lm_head: Callable, hidden_states, targets, weights) -> torch.Tensor:
+    logits = lm_head(hidden_states)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (F.cross_entropy(logits, targets, reduction="none") * weights.to(logits.dtype)).sum()
