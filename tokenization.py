@@ -223,29 +223,38 @@ def tokenize_examples(sources: Sequence[str], targets: Sequence[str], tokenizer,
     Returns:
         TokenizedExamples in the order of `sources`.
     """
-    eos, limit = tokenizer.eos_token_id, tokenizer.model_max_length
+    eos, limit, backend = tokenizer.eos_token_id, tokenizer.model_max_length, tokenizer.backend_tokenizer
+    backend.no_truncation()  # a call of the tokenizer leaves its settings behind
+    backend.no_padding()
     flat, lengths, prompt_lengths, truncated = [], [], [], 0
     for start in _with_progress(range(0, len(sources), 1000), len(sources), progress):
         batch = slice(start, start + 1000)
         texts = [source + target for source, target in zip(sources[batch], targets[batch], strict=True)]
-        encodings = tokenizer.backend_tokenizer.encode_batch(texts)
-        for source, encoding in zip(sources[batch], encodings, strict=True):
+        for source, encoding in zip(sources[batch], backend.encode_batch(texts), strict=True):
             ids = encoding.ids
-            if ids and ids[-1] == eos and encoding.special_tokens_mask[-1] and encoding.offsets[-1][1] == 0:
-                ids = ids[:-1]  # this tokenizer adds its own
-            truncated += len(ids) + 1 > limit
-            starts = [offset[0] for offset in encoding.offsets[: len(ids)]]
-            prompt_length = next((i for i, at in enumerate(starts) if at >= len(source)), len(ids))
-            ids = [*ids, eos][:limit]
-            flat.extend(ids)
-            lengths.append(len(ids))
-            prompt_lengths.append(min(prompt_length, len(ids)))
+            if ids[-1:] == [eos] and encoding.special_tokens_mask[-1] and encoding.offsets[-1][1] == 0:
+                ids.pop()  # this tokenizer adds its own
+            prompt_length = _first_token_at(encoding, len(source), len(ids))
+            truncated += len(ids) >= limit
+            ids.append(eos)
+            flat.extend(ids[:limit])
+            lengths.append(min(len(ids), limit))
+            prompt_lengths.append(min(prompt_length, limit))
     return TokenizedExamples(
         input_ids=np.asarray(flat, dtype=np.int32),
         ends=np.cumsum(lengths, dtype=np.int64),
         prompt_lengths=np.asarray(prompt_lengths, dtype=np.int32),
         truncated=int(truncated),
     )
+
+
+def _first_token_at(encoding, position: int, count: int) -> int:
+    """Finds the first of `count` tokens that starts at a character or after it."""
+    token = encoding.char_to_token(position)
+    if token is None:  # no token covers that character
+        starts = (i for i, (start, _) in enumerate(encoding.offsets[:count]) if start >= position)
+        return next(starts, count)
+    return token if encoding.token_to_chars(token)[0] >= position else token + 1
 
 
 def _with_progress(batches: range, total: int, progress: bool) -> Iterator[int]:
