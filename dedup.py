@@ -49,6 +49,7 @@ class RougePool:
         self._ids: dict[str, str] = {}
         self._encoded: list[str] = []
         self._lengths = np.zeros(1024, dtype=np.int64)
+        self._longest = 0
         for instruction in instructions:
             self._add(instruction, self._encode(instruction))
 
@@ -75,13 +76,11 @@ class RougePool:
         old, joined, verdicts = len(self), [], []
         for i, candidate in enumerate(candidates):
             overlap = np.concatenate([overlaps[i, :old], overlaps[i, old:][joined]])
-            scores = f_measure(overlap, self._lengths[: len(self)], len(encoded[i]))
-            best = int(len(scores) - 1 - np.argmax(scores[::-1])) if len(scores) else None
-            verdict = (
-                Verdict(False, None, 0.0)
-                if best is None
-                else Verdict(False, self.instructions[best], float(scores[best]))
-            )
+            scores = self._scores(overlap, len(encoded[i]))
+            verdict = Verdict(kept=False, nearest=None, score=0.0)
+            if len(scores):
+                best = len(scores) - 1 - int(np.argmax(scores[::-1]))  # of equals the latest, as in _ten_best
+                verdict.nearest, verdict.score = self.instructions[best], float(scores[best])
             if verdict.score <= threshold and len(joined) < room and (eligible is None or eligible[i]):
                 verdict.kept = True
                 verdict.most_similar = {self.instructions[j]: float(scores[j]) for j in _ten_best(scores)}
@@ -98,8 +97,20 @@ class RougePool:
             overlaps = self._common_subsequences(self._encoded[start : start + 1000])[:, : len(self)]
             for i, overlap in enumerate(overlaps, start):
                 overlap[i] = 0  # itself
-                scores[i] = f_measure(overlap, self._lengths[: len(self)], len(self._encoded[i])).max()
+                scores[i] = self._scores(overlap, len(self._encoded[i])).max()
         return scores
+
+    def _scores(self, overlap: np.ndarray, length: int) -> np.ndarray:
+        """The F measures of a candidate of so many tokens with the whole pool.
+
+        They depend on two small numbers, so that in a large pool looking them up takes a third of computing them.
+        """
+        lengths = self._lengths[: len(self)]
+        width = self._longest + 1
+        if len(lengths) < (length + 1) * width:
+            return f_measure(overlap, lengths, length)
+        table = f_measure(np.arange(length + 1)[:, None], np.arange(width), length)
+        return np.take(table, overlap.astype(np.int64) * width + lengths)
 
     def _common_subsequences(self, encoded: list[str]) -> np.ndarray:
         """Longest common subsequences of the candidates (rows) with the pool and then with themselves (columns)."""
@@ -124,6 +135,7 @@ class RougePool:
         if len(self) == len(self._lengths):
             self._lengths = np.concatenate([self._lengths, np.zeros_like(self._lengths)])
         self._lengths[len(self)] = len(encoded)
+        self._longest = max(self._longest, len(encoded))
         self._encoded.append(encoded)
         self.instructions.append(instruction)
 
@@ -134,25 +146,25 @@ def f_measure(overlap: np.ndarray, pool_lengths: np.ndarray, length: int) -> np.
     The algebraically equal 2*lcs/(m+n) rounds differently and flips decisions at exactly 0.7 (lcs 7, lengths 7 and 13).
 
     Args:
-        overlap: shape (n,), integer: length of the longest common subsequence with each instruction of the pool.
-        pool_lengths: shape (n,), integer: tokens of each instruction of the pool.
+        overlap: integers: length of the longest common subsequence with each instruction of the pool.
+        pool_lengths: integers of a shape that broadcasts with it: tokens of each instruction of the pool.
         length: tokens of the candidate.
 
     Returns:
-        shape (n,), float64; 0 where a side has no tokens or nothing is shared.
+        float64; 0 where a side has no tokens or nothing is shared.
     """
-    scores = np.zeros(len(overlap))
-    shared = overlap > 0
-    lcs = overlap[shared].astype(np.float64)
-    precision, recall = lcs / pool_lengths[shared], lcs / length
-    scores[shared] = 2 * precision * recall / (precision + recall)
-    return scores
+    precision = overlap / np.maximum(pool_lengths, 1)  # without tokens nothing is shared: 0 / 1
+    recall = overlap / max(length, 1)
+    total = precision + recall
+    scores = 2 * precision * recall
+    return np.divide(scores, total, out=scores, where=total > 0)
 
 
 def _ten_best(scores: np.ndarray) -> np.ndarray:
     """Like np.argsort(scores, kind="stable")[-10:][::-1], without sorting the whole pool."""
-    if len(scores) <= 10:
-        return np.argsort(scores, kind="stable")[::-1]
-    tenth = np.partition(scores, -10)[-10]
-    candidates = np.flatnonzero(scores >= tenth)
-    return candidates[np.argsort(scores[candidates], kind="stable")[-10:][::-1]]
+    floor = scores.max(initial=0.0)
+    high = np.flatnonzero(scores >= floor)
+    while len(high) < min(10, len(scores)):
+        floor = 0.8 * floor if floor > 1e-3 else 0.0
+        high = np.flatnonzero(scores >= floor)
+    return high[np.argsort(scores[high], kind="stable")[-10:][::-1]]

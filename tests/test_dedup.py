@@ -44,6 +44,14 @@ def test_scores_and_decisions_equal_rouge_score_to_the_last_bit(instructions):
     assert {v.kept for v in verdicts} == {True, False}
 
 
+def test_looking_scores_up_in_a_large_pool_gives_the_same_bits(instructions):
+    pool = RougePool(instructions * 20)  # large enough for the table
+    (verdict,) = pool.screen([instructions[3] + " zinc"], 1.0, 1)
+    ((_, score, mean),) = original_decisions(instructions, [instructions[3] + " zinc"])
+    assert verdict.score == score
+    assert verdict.mean == pytest.approx(mean, rel=1e-12)
+
+
 def test_verdicts_do_not_depend_on_how_candidates_are_grouped(instructions):
     one_by_one, at_once = RougePool(instructions[:50]), RougePool(instructions[:50])
     single = [v for text in instructions[50:] for v in one_by_one.screen([text], 0.7, 10**6)]
