@@ -119,7 +119,10 @@ class RougePool:
 
         longest = max(map(len, encoded), default=0)  # a common subsequence is no longer than the candidate
         dtype = np.uint8 if longest < 256 else np.uint16 if longest < 65536 else np.int32
-        return cdist(encoded, self._encoded + encoded, scorer=LCSseq.similarity, dtype=dtype, workers=self._workers)
+        everything = self._encoded + encoded
+        # A call this small is over before threads have started; larger ones share the cores.
+        workers = 1 if len(encoded) * len(everything) < 2_000_000 else self._workers
+        return cdist(encoded, everything, scorer=LCSseq.similarity, dtype=dtype, workers=workers)
 
     def _encode(self, text: str) -> str:
         from rouge_score.tokenize import tokenize

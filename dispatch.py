@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import math
 import signal
 import time
@@ -24,7 +25,7 @@ class Run:
     """One sitting: what is asked for, what came, and why it ended.
 
     Attributes:
-        prompts: request index -> prompt, and `sha256(index)`.
+        prompts: request index -> prompt.
         harvest: takes the answers in request order.
         journal: where answers are recorded before anything else happens to them.
         spending: what they cost, and the limits.
@@ -67,8 +68,13 @@ class Run:
 
     def wants(self, extra: int = 0) -> bool:
         """Whether the answers known, and `extra` more, will probably not fill the room that is left."""
-        waiting = len(self.journal.records) - self.harvest.answers + extra
-        return self.harvest.room > 0 and self.harvest.kept_per_answer * waiting < self.harvest.room
+        expected = self.harvest.kept_per_answer * (self.unharvested + extra)
+        return self.harvest.room > 0 and expected < self.harvest.room
+
+    @property
+    def unharvested(self) -> int:
+        """Answers that are in the journal and not yet in the harvest."""
+        return len(self.journal.records) - self.harvest.answers
 
     def next_request(self, taken: set[int], first: int = 0) -> int | None:
         """The next request index to ask for, or None with `stopped` set where a limit forbids it.
@@ -89,6 +95,11 @@ class Run:
             return index
         return None
 
+    @property
+    def can_catch_up(self) -> bool:
+        """Whether the journal holds the next answer for the harvest."""
+        return self.harvest.room > 0 and self.harvest.answers in self.journal.records
+
     def take(self, answers: dict[int, Completion]) -> None:
         """Journals answers; when this returns they are on the disk."""
         records = []
@@ -96,7 +107,7 @@ class Run:
             prompt, usage, text = self.prompts[index], completion.usage, completion.text
             record = {
                 "request_index": index,
-                "prompt_sha256": self.prompts.sha256(index),
+                "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
                 "model": self.model,
                 "settings": self.settings,
                 "text": text,
@@ -112,8 +123,8 @@ class Run:
 
     def catch_up(self) -> None:
         """Adds the journal's answers to the harvest, as far as they follow on one another."""
-        while self.harvest.room > 0 and (record := self.journal.records.get(self.harvest.answers)):
-            self.harvest.add(record)
+        while self.can_catch_up:
+            self.harvest.add(self.journal.records[self.harvest.answers])
 
     def commit(self) -> None:
         """Harvests, and saves from time to time.
@@ -146,11 +157,15 @@ async def ask_live(run: Run, client: Client) -> None:
         UserError: the server can't be used, or five rounds brought nothing. All answers are in the journal.
     """
     tasks: dict[asyncio.Task, int] = {}
+    harvesting: asyncio.Future | None = None  # parsing and de-duplication run beside the waiting, in a thread
     failure: UserError | None = None
 
     def send_more() -> None:
-        # The first request goes alone: a wrong key or model costs one call, and refused parameters are learnt once.
-        width = run.request_batch_size if run.requested else 1
+        # The first request goes alone: a wrong key or model costs one call, refused parameters are learnt once, and
+        # its tasks tell how much an answer brings.
+        width = 1 if not run.requested else run.request_batch_size if run.harvest.answers else 0
+        if run.unharvested >= 2 * run.request_batch_size:  # what they bring may change what is wanted
+            width = 0
         while len(tasks) < width and not failure and not run.stopped and run.wants(len(tasks)):
             index = run.next_request(set(tasks.values()))
             if index is None:
@@ -160,29 +175,30 @@ async def ask_live(run: Run, client: Client) -> None:
 
     with _ctrl_c(run, client, tasks):
         while True:
+            if harvesting is None and run.can_catch_up:
+                harvesting = asyncio.ensure_future(asyncio.to_thread(run.commit))
             send_more()
-            if not tasks:
-                break
             run.show(run)
-            done, _ = await asyncio.wait(tasks, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
-                continue
+            waited_for = [*tasks, harvesting] if harvesting else [*tasks]
+            if not waited_for:
+                break
+            done, _ = await asyncio.wait(waited_for, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
             answers = {}
             for task in done:
-                index = tasks.pop(task)
-                if isinstance(error := task.exception(), UserError):
+                index = tasks.pop(task, None)
+                harvesting = None if task is harvesting else harvesting
+                try:
+                    result = task.result()
+                except UserError as error:
                     failure = failure or error
                     client.give_up()
+                except asyncio.CancelledError:  # by a second Ctrl-C
+                    continue
                 else:
-                    answers[index] = task.result()
-            run.take(answers)
-            if run.harvest.answers:  # refill before the de-duplication, once it is known how much an answer brings
-                send_more()
-            try:
-                await asyncio.to_thread(run.commit)
-            except UserError as error:
-                failure = failure or error
-    run.show(run)
+                    if index is not None:
+                        answers[index] = result
+            if answers:
+                await asyncio.to_thread(run.take, answers)
     if failure:
         raise failure
 

@@ -119,10 +119,6 @@ class Prompts:
         sampled = random.Random(f"{self.seed}-{index}").sample(self.seed_tasks, self.count)
         return encode_prompt(sampled, self.rules)
 
-    def sha256(self, index: int) -> str:
-        """What the journal calls the prompt."""
-        return _sha256(self[index])
-
     def settings(self) -> dict[str, Any]:
         """What decides about the prompts; files stand there as hashes."""
         files = {"prompt_file": _sha256(self.rules), "seed_tasks": _sha256(json.dumps(self.seed_tasks))}

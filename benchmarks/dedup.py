@@ -3,7 +3,8 @@
     python benchmarks/dedup.py run
 
 Instructions are drawn from the lengths and words of alpaca_data.json, a fifth of the candidates being instructions of
-the pool with a few words changed. Candidates come in rounds of 17, as from one answer. Writes benchmarks/results/dedup.json.
+the pool with a few words changed. Candidates come in rounds of 17, as from one answer.
+Writes benchmarks/results/dedup.json.
 """
 
 import os

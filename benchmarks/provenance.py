@@ -15,6 +15,7 @@ def provenance(*packages: str) -> dict:
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
         "device": f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
         "commit": git.stdout.strip() or None,
     }

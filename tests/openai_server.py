@@ -65,6 +65,7 @@ class Server(ThreadingHTTPServer):
         self.faults, self.refuses, self.requests, self.files, self.batches = [], {}, [], {}, {}
         self.polls_per_batch = 1
         self.answered, self.in_flight, self.most_in_flight = 0, 0, 0
+        self.began, self.ended, self.busy = None, 0.0, 0.0  # of the completions asked for, in seconds
         self.lock = threading.Lock()
 
     def __enter__(self):
@@ -161,6 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
             batch = server.batches[path.rsplit("/", 1)[1]]
             self._work_on(batch)
             self._send(200, batch)
+        elif path.endswith("/times"):
+            self._send(200, {"seconds": server.ended - server.began, "busy": server.busy, "answers": server.answered})
+            server.began, server.busy, server.answered = None, 0.0, 0
         elif path.endswith("/content"):
             self._send(200, server.files[path.split("/")[-2]])
         else:
@@ -190,6 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
             server.in_flight += 1
             server.most_in_flight = max(server.most_in_flight, server.in_flight)
             fault = server.faults.pop(0) if server.faults else {}
+            began = time.monotonic()
+            server.began = server.began or began
         try:
             fault = fault(body) if callable(fault) else fault
             time.sleep(fault.get("delay", server.seconds))
@@ -197,6 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             with server.lock:
                 server.in_flight -= 1
+                server.ended = time.monotonic()
+                server.busy += server.ended - began
 
     def _answer(self, path, body, fault):
         server = self.server

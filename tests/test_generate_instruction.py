@@ -221,7 +221,7 @@ def test_five_rounds_without_a_kept_task_stop_the_run_and_say_why(folder, server
     server.answer = lambda prompt: "I am sorry."
     said = fails(capsys, server, request_batch_size=2)
     assert "malformed 1" in said
-    assert 10 <= len(server.requests) <= 12
+    assert 10 <= len(server.requests) <= 16  # five rounds, at most two unread ones, and one in flight
 
 
 def test_plain_lines_stand_for_the_bar_where_there_is_no_terminal(folder, server, capsys):
