@@ -226,15 +226,18 @@ def tokenize_examples(sources: Sequence[str], targets: Sequence[str], tokenizer,
     eos, limit, backend = tokenizer.eos_token_id, tokenizer.model_max_length, tokenizer.backend_tokenizer
     backend.no_truncation()  # a call of the tokenizer leaves its settings behind
     backend.no_padding()
+    words = WordEncoder.of(tokenizer)
     flat, lengths, prompt_lengths, truncated = [], [], [], 0
     for start in _with_progress(range(0, len(sources), 1000), len(sources), progress):
-        batch = slice(start, start + 1000)
-        texts = [source + target for source, target in zip(sources[batch], targets[batch], strict=True)]
-        for source, encoding in zip(sources[batch], backend.encode_batch(texts), strict=True):
+        pairs = list(zip(sources[start : start + 1000], targets[start : start + 1000], strict=True))
+        encoded = [words.encode(*pair) if words else None for pair in pairs]
+        rest = [i for i, one in enumerate(encoded) if one is None]
+        for i, encoding in zip(rest, backend.encode_batch(["".join(pairs[i]) for i in rest]), strict=True):
             ids = encoding.ids
             if ids[-1:] == [eos] and encoding.special_tokens_mask[-1] and encoding.offsets[-1][1] == 0:
                 ids.pop()  # this tokenizer adds its own
-            prompt_length = _first_token_at(encoding, len(source), len(ids))
+            encoded[i] = ids, _first_token_at(encoding, len(pairs[i][0]), len(ids))
+        for ids, prompt_length in encoded:
             truncated += len(ids) >= limit
             ids.append(eos)
             flat.extend(ids[:limit])
@@ -246,6 +249,57 @@ def tokenize_examples(sources: Sequence[str], targets: Sequence[str], tokenizer,
         prompt_lengths=np.asarray(prompt_lengths, dtype=np.int32),
         truncated=int(truncated),
     )
+
+
+class WordEncoder:
+    """Encodes LLaMA's texts word by word, and each word once.
+
+    No token of LLaMA's continues after a space in its middle, so the words of a text are encoded apart and their
+    tokens laid end to end: the same tokens, ten times as fast, since texts repeat their words.
+    """
+
+    def __init__(self, tokenizer):
+        """Prepares for a tokenizer that `of` found fitting."""
+        self.model, self.known = tokenizer.backend_tokenizer.model, {}
+        self.special = re.compile("|".join(map(re.escape, tokenizer.added_tokens_encoder)) or "(?!)")
+        self.prefix = tokenizer.backend_tokenizer.encode("").ids[:1]
+        self.prefix = self.prefix if self.prefix == [tokenizer.bos_token_id] else []
+
+    @classmethod
+    def of(cls, tokenizer) -> "WordEncoder | None":
+        """Makes one where that changes nothing: the tokenizer is LLaMA's and no token has a space after a letter."""
+        settings = json.loads(tokenizer.backend_tokenizer.to_str())
+        normalizers = (settings["normalizer"] or {}).get("normalizers", [])
+        prepends = [one["type"] for one in normalizers] == ["Prepend", "Replace"] and not settings["pre_tokenizer"]
+        if not prepends or any(re.search("[^▁]▁", token) for token in settings["model"]["vocab"]):
+            return None
+        return cls(tokenizer)
+
+    def encode(self, source: str, target: str) -> tuple[list[int], int] | None:
+        """Encodes a prompt with its answer.
+
+        Returns:
+            The tokens, and how many of them start before the answer does; None where a special token stands in the
+            text, which is for the whole tokenizer.
+        """
+        text = source + target
+        if not text or self.special.search(text):
+            return None
+        ids, words, boundary = list(self.prefix), re.findall("▁+[^▁]*|[^▁]+", "▁" + text.replace(" ", "▁")), None
+        remaining = 1 + len(source)  # characters before the answer
+        for word in words:
+            if boundary is None and len(word) > remaining:  # the answer starts in this word
+                boundary = len(ids) + self._tokens_before(word, remaining)
+            remaining -= len(word)
+            found = self.known.get(word)
+            if found is None:
+                found = self.known[word] = [token.id for token in self.model.tokenize(word)]
+            ids += found
+        return ids, len(ids) if boundary is None else boundary
+
+    def _tokens_before(self, word: str, position: int) -> int:
+        start = len(word[:position].encode())  # the model's offsets count bytes
+        return sum(token.offsets[0] < start for token in self.model.tokenize(word))
 
 
 def _first_token_at(encoding, position: int, count: int) -> int:
