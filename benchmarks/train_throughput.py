@@ -79,8 +79,8 @@ def measure(
     base = next((entry["useful_tokens_per_s"] for entry in table if entry["row"] == "padded"), None)
     for entry in table:
         entry["ratio"] = round(entry["useful_tokens_per_s"] / base, 2) if base else None
-    result = {**_environment(), **job, "rounds": rounds, "skipped": sorted(missing), "rows": table}
-    device = "cpu" if result["device"] == platform.processor() or not result["gpu"] else "gpu"
+    result = {**environment(), **job, "rounds": rounds, "skipped": sorted(missing), "rows": table}
+    device = "gpu" if result["gpu"] else "cpu"
     name = os.path.splitext(os.path.basename(model))[0]
     path = output or os.path.join(ROOT, "benchmarks", "results", f"train_throughput_{name}_{device}.json")
     jdump(result, path)
@@ -105,7 +105,8 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _environment() -> dict:
+def environment() -> dict:
+    """Says what a figure was measured on: device, versions, commit, date."""
     import torch
 
     def git(*command: str) -> str:
@@ -163,7 +164,9 @@ def run_row(folder: str) -> None:
 
     job = jload(os.path.join(folder, "job.json"))
     settings = _settings(job)
-    examples = _real(job, settings) if job["data_path"] else _drawn(STEP * (job["steps"] + 1), settings["vocab_size"])
+    examples = (
+        _real(job, settings) if job["data_path"] else drawn_examples(STEP * (job["steps"] + 1), settings["vocab_size"])
+    )
     gpu = torch.cuda.is_available()
     torch.manual_seed(0)
     with torch.device("cuda" if gpu else "cpu"):
@@ -184,7 +187,7 @@ def _settings(job: dict) -> dict:
     return {**settings, "num_hidden_layers": job["layers"] or settings["num_hidden_layers"]}
 
 
-def _drawn(count: int, vocab_size: int) -> list[dict]:
+def drawn_examples(count: int, vocab_size: int) -> list[dict]:
     """Random tokens with the lengths of Alpaca's examples in LLaMA's tokens.
 
     Two fifths have an input. Log-normal lengths of what stands between prefix and answer were fitted to 999 records;
@@ -207,14 +210,13 @@ def _drawn(count: int, vocab_size: int) -> list[dict]:
     return examples
 
 
-def _real(job: dict, settings: dict) -> list[dict]:
+def _real(job: dict, settings: dict, needed: int) -> list[dict]:
     import tiny_model
     import tokenization
     from train import SupervisedDataset
     from utils import load_examples
 
     records = load_examples(job["data_path"])
-    needed = STEP * (job["steps"] + 1)
     records = (records * -(-needed // len(records)))[:needed]
     where = os.path.join(job["folder"], "tokenizer")
     os.makedirs(where)
@@ -248,20 +250,27 @@ def _common(job: dict, batch: int) -> dict:
 def _trainer(job: dict, model, examples: list[dict]):
     import torch
 
+    import packed_model
     import packing
     import resources
+    import sharding
     from train import DataCollatorForSupervisedDataset, TrainingArguments
     from trainer import AlpacaTrainer
 
     flags = {"max_tokens_per_pass": job["max_tokens"], **ROWS[job["row"]]}
     args = TrainingArguments(**_common(job, 4), **flags)
+    if args.fsdp:
+        sharding.choose_wrapped_layer(args, model)
     packed, shared, _ = packing.choose(model.config, args.padding_free, args.shared_prefix)
     collator = DataCollatorForSupervisedDataset(_Padding())
     numbered = [{**example, "record": torch.tensor(i)} for i, example in enumerate(examples)]
     shape = resources.model_shape(model)
+    tokens = resources.tokens_per_pass(shape, args)
     trainer = AlpacaTrainer(model=model, args=args, train_dataset=numbered, data_collator=collator, shape=shape)
     if packed:
-        print(trainer.pack(args.max_tokens_per_pass or resources.tokens_per_pass(shape, args), shared))
+        print(trainer.pack(args.max_tokens_per_pass or tokens, shared))
+        if torch.cuda.is_available():  # as train.py's --compile_layers auto
+            packed_model.compile_layers(model)
     return trainer
 
 
