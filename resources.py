@@ -108,7 +108,8 @@ def estimate(shape: ModelShape, plan: Plan) -> tuple[float, float]:
     """
     compute = 2 if plan.half else 4
     frozen = shape.parameters - shape.trainable
-    states = 4 * plan.masters * shape.trainable + compute * frozen
+    weights = plan.masters * shape.trainable + compute * frozen
+    states = weights + 3 * plan.masters * shape.trainable
     tokens = plan.batch * plan.length
     per_layer = tokens * shape.hidden * (17 * compute)
     activations = per_layer * (1 if plan.checkpointing else shape.layers)
@@ -202,7 +203,8 @@ def closing_table(state, throughput: "Throughput") -> str:
         ("time", f"{total['seconds']:,.1f} s"),
         ("tokens", f"{total['tokens']:,.0f} computed, {total['useful']:,.0f} useful (without padding)"),
         ("tokens/s", f"{rates['tokens_per_s']:,} computed, {rates['useful_tokens_per_s']:,} useful"),
-        ("MFU", f"{rates['mfu']:.1%} of {throughput.peak / 1e12:,.2f} TFLOP/s per device ({throughput.peak_source})"),
+        ("MFU", f"{rates['mfu']:.1%}, of the hardware's work {rates['hardware_mfu']:.1%}"),
+        ("peak", f"{throughput.peak / 1e12:,.2f} TFLOP/s per device ({throughput.peak_source})"),
         ("peak memory", f"{rates['peak_memory_gib']} GiB in this process"),
     ]
     return "\n".join(f"{name:<12} {value}" for name, value in rows)
@@ -329,29 +331,33 @@ class Throughput:
     `tokens` are positions that were computed, padding included; `useful` ones belong to examples. MFU is the share of
     the devices' peak that the useful tokens' arithmetic makes up: 6 FLOPs per parameter and token (4 where the weights
     are frozen) and 6 * layers * hidden * length^2 per causal sequence (PaLM, appendix B, halved for causality).
+    Hardware MFU counts what was computed instead: padding and recomputed layers, shared prefixes once, and only those
+    logits that were wanted (attention as before, so padding's is left out).
     """
 
-    def __init__(self, shape: ModelShape, device, world: int):
-        """Starts counting for a model on `world` devices like `device`."""
-        self.shape, self.device, self.world = shape, device, world
+    def __init__(self, shape: ModelShape, device, world: int, recomputes: bool = False):
+        """Starts counting for a model on `world` devices like `device`, with gradient checkpointing or without."""
+        self.shape, self.device, self.world, self.recomputes = shape, device, world, recomputes
         self.peak, self.peak_source = peak_flops(device)
-        self.total = {"tokens": 0.0, "useful": 0.0, "flops": 0.0, "seconds": 0.0}
+        self.total = {"tokens": 0.0, "useful": 0.0, "flops": 0.0, "executed": 0.0, "seconds": 0.0}
         self.restart()
 
     def restart(self) -> None:
         """Forgets what was counted since the last report."""
-        self.tokens = 0
+        self.tokens = self.logits = 0
         self.useful = self.squares = 0.0
         self.since = time.perf_counter()
 
-    def add(self, computed: int, lengths) -> None:
+    def add(self, computed: int, logits: int, lengths) -> None:
         """Counts a pass.
 
         Args:
             computed: positions computed, padding included.
+            logits: positions whose logits were computed.
             lengths: true lengths of its sequences, a tensor on any device.
         """
         self.tokens += computed
+        self.logits += logits
         self.useful = self.useful + lengths.sum()
         self.squares = self.squares + (lengths.double() ** 2).sum()
 
@@ -366,27 +372,33 @@ class Throughput:
         """
         import torch
 
-        counts = torch.stack([torch.as_tensor(x).double().cpu() for x in (self.tokens, self.useful, self.squares)])
-        tokens, useful, squares = gather(counts).tolist()
+        counts = (self.tokens, self.logits, self.useful, self.squares)
+        counts = torch.stack([torch.as_tensor(x).double().cpu() for x in counts])
+        tokens, logits, useful, squares = gather(counts).tolist()
         seconds = time.perf_counter() - self.since
         frozen = self.shape.parameters - self.shape.trainable
-        flops = (6 * self.shape.matmul_parameters - 2 * frozen) * useful
-        flops += 6 * self.shape.layers * self.shape.hidden * squares
-        for name, value in zip(self.total, (tokens, useful, flops, seconds), strict=True):
+        attention = 6 * self.shape.layers * self.shape.hidden * squares
+        head = self.shape.vocabulary * self.shape.hidden
+        body = self.shape.matmul_parameters - head
+        flops = (6 * (body + head) - 2 * frozen) * useful + attention
+        passes = 4 / 3 if self.recomputes else 1  # a third forward-sized part again
+        executed = ((6 * body - 2 * frozen) * tokens + attention) * passes + 6 * head * logits
+        for name, value in zip(self.total, (tokens, useful, flops, executed, seconds), strict=True):
             self.total[name] += value
         self.restart()
-        return self._rates(tokens, useful, flops, seconds)
+        return self._rates(tokens, useful, flops, executed, seconds)
 
     def summary(self) -> dict[str, float]:
         """Sums up all reports."""
         return self._rates(*self.total.values())
 
-    def _rates(self, tokens: float, useful: float, flops: float, seconds: float) -> dict[str, float]:
+    def _rates(self, tokens: float, useful: float, flops: float, executed: float, seconds: float) -> dict[str, float]:
         seconds = max(seconds, 1e-9)
         return {
             "tokens_per_s": round(tokens / seconds, 1),
             "useful_tokens_per_s": round(useful / seconds, 1),
             "mfu": round(flops / seconds / (self.world * self.peak), 4),
+            "hardware_mfu": round(executed / seconds / (self.world * self.peak), 4),
             "peak_memory_gib": round(peak_memory(self.device) / 2**30, 3),
         }
 

@@ -33,7 +33,9 @@ class AlpacaTrainer(packing.PackedTrainer):
         # and ranks. False: each micro-batch is averaged over its own tokens, then the micro-batches over each other.
         self.model_accepts_loss_kwargs = self.args.loss_reduction == "global"
         self.stopped, self.stop_signal = False, None
-        self.throughput = resources.Throughput(shape, self.args.device, self.args.world_size)
+        recomputes = bool(self.args.gradient_checkpointing)
+        self.throughput = resources.Throughput(shape, self.args.device, self.args.world_size, recomputes)
+        self._first_step: int | None = None  # of this run, which may continue another
         self._step: list[tuple[torch.Tensor, ...]] = []  # loss, labels and records of its micro-batches so far
         self._staging: str | None = None
         self._saved_at = -1
@@ -64,7 +66,9 @@ class AlpacaTrainer(packing.PackedTrainer):
         """Runs a micro-batch forward and backward; after a step's last one, checks all of the step's losses."""
         passes = inputs.get("passes")  # padding-free: all of the step's, on its last micro-batch
         computed = sum(one.input_ids.numel() for one in passes) if passes is not None else inputs["input_ids"].numel()
-        self.throughput.add(computed, inputs["attention_mask"].sum(dim=1))
+        logits = sum(one.targets.numel() for one in passes) if passes is not None else computed
+        self.throughput.add(computed, logits, inputs["attention_mask"].sum(dim=1))
+        self._first_step = self.state.global_step if self._first_step is None else self._first_step
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step.append((loss, inputs["labels"], inputs["records"]))
         if self.accelerator.sync_gradients:
@@ -117,9 +121,11 @@ class AlpacaTrainer(packing.PackedTrainer):
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs, *args, **kwargs):
-        """Adds speed and memory to the lines that carry a training loss."""
+        """Adds speed, memory and the time that is left to the lines that carry a training loss."""
         if "loss" in logs:
             logs.update(self.throughput.report(self._sum_over_ranks))
+            per_step = self.throughput.total["seconds"] / max(1, self.state.global_step - (self._first_step or 0))
+            logs["hours_left"] = round(per_step * (self.state.max_steps - self.state.global_step) / 3600, 3)
         super().log(logs, *args, **kwargs)
 
     def _sum_over_ranks(self, counts: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "benchmarks")]
+sys.path[0] = ROOT  # in place of this folder, whose tokenize.py is not Python's
+sys.path.append(os.path.join(ROOT, "benchmarks"))
 
 from train_throughput import LLAMA_7B, drawn_examples, environment  # noqa: E402
 
