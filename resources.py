@@ -116,7 +116,7 @@ def estimate(shape: ModelShape, plan: Plan) -> tuple[float, float]:
     activations += tokens * shape.hidden * compute * shape.layers if plan.checkpointing else 0
     activations += tokens * shape.vocabulary * (compute + 12)
     gathered = 2 * shape.largest_unit * compute
-    loading = plan.local * (4 * shape.trainable + compute * frozen)
+    loading = plan.local * weights
     if plan.sharding == "none":
         autocast = 2 * shape.trainable if plan.half and plan.masters == 4 else 0
         device, host = states + autocast, loading

@@ -13,8 +13,7 @@ import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[0] = ROOT  # in place of this folder, whose tokenize.py is not Python's
-sys.path.append(os.path.join(ROOT, "benchmarks"))
+sys.path.insert(0, ROOT)
 
 from train_throughput import LLAMA_7B, drawn_examples, environment  # noqa: E402
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[0] = ROOT  # in place of this folder, whose tokenize.py is not Python's
+sys.path.insert(0, ROOT)
 
 from utils import UserError, jdump, jload, run_cli  # noqa: E402
 
