@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 WINDOW = 1 << 16
 THREADS = max(2, min(4, os.cpu_count() or 1))
+# Every float16 as float32: looking them up is twice as fast as numpy's conversion.
+_HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 BITS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 
 
@@ -134,13 +136,11 @@ def as_float32(stored: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
     """A window of stored elements as float32, exactly; in `out`, float32 [n], unless it is float32 already."""
     if dtype == "F32":
         return stored
-    if dtype == "BF16":
-        bits = out.view(np.uint32)
-        np.copyto(bits, stored)
-        np.left_shift(bits, 16, out=bits)
-    else:
-        np.copyto(out, stored)
-    return out
+    if dtype == "F16":
+        return np.take(_HALVES, stored.view(np.uint16), out=out, mode="clip")
+    bits = out.view(np.uint32)
+    np.copyto(bits, stored)
+    return np.left_shift(bits, 16, out=bits).view(np.float32)
 
 
 def from_float32(values: np.ndarray, dtype: str, out: np.ndarray, scratch: np.ndarray) -> np.ndarray:
