@@ -10,17 +10,14 @@ the larger, 20 random samples of the smaller's size are measured and averaged.
 """
 
 import functools
-import importlib.metadata
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from benchmarks.provenance import provenance  # noqa: E402
 from dedup import RougePool  # noqa: E402
 from generate_instruction import load_seed_tasks  # noqa: E402
 from harvest import Harvest, Rules  # noqa: E402
@@ -177,16 +174,6 @@ def update_tables(path: str, tables: dict[str, str]) -> None:
         file.write(text)
 
 
-def _environment() -> dict:
-    packages = ("lemminflect", "numpy", "rapidfuzz", "rouge_score")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "device": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "commit": git.stdout.strip() or None,
-    }
-
-
 def measure(
     data_path: str,
     compare: str | None = None,
@@ -212,7 +199,10 @@ def measure(
     data_sets = [load_examples(path) for path in paths]
     names = [os.path.basename(path) for path in paths]
     whole = [measure_quality(examples) for examples in data_sets]
-    result = {**_environment(), "data": dict(zip(names, whole, strict=True))}
+    result = {
+        **provenance("lemminflect", "numpy", "rapidfuzz", "rouge_score"),
+        "data": dict(zip(names, whole, strict=True)),
+    }
     tables = {"figures": figures_table(names[:1], whole[:1]), "lengths": lengths_table(whole[0])}
     shown = [figures_table(names, whole), *(lengths_table(found) for found in whole)]
     if compare:
