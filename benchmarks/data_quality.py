@@ -17,12 +17,12 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from benchmarks.provenance import provenance  # noqa: E402
-from dedup import RougePool  # noqa: E402
-from generate_instruction import load_seed_tasks  # noqa: E402
-from harvest import Harvest, Rules  # noqa: E402
-from root_verbs import parse_by_rules  # noqa: E402
-from utils import UserError, atomic_write, jdump, load_examples, load_records, run_cli  # noqa: E402
+from benchmarks.provenance import provenance
+from dedup import RougePool
+from generate_instruction import load_seed_tasks
+from harvest import Harvest, Rules
+from root_verbs import parse_by_rules
+from utils import UserError, atomic_write, jdump, load_examples, load_records, run_cli
 
 FIELDS = ("instruction", "input", "output")
 PERCENTILES = (5, 25, 50, 75, 95)
