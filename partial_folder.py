@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import IO, Any
@@ -65,7 +66,7 @@ class PartialFolder:
         elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise UserError(f"the disk of {self.folder} is full; make room, then run again with --resume") from error
         elif kind:
-            print(f"\n{self.folder} holds what is done; run again with --resume to go on")
+            print(f"\n{self.folder} holds what is done; run again with --resume to go on", file=sys.stderr)
 
     def begin(self, output: Output, settings: dict[str, Any]) -> dict[str, dict]:
         """Makes the files, or takes up those of an interrupted run.
@@ -90,7 +91,9 @@ class PartialFolder:
         except OSError:
             raise UserError(f"another run is writing {self.folder}; wait for it or stop it") from None
         self._journal.seek(0)
-        lines = [line for line in self._journal.read().split("\n")[:-1] if line]
+        text = self._journal.read()
+        lines = text.split("\n")[:-1]
+        self._journal.truncate(len(text[: text.rfind("\n") + 1].encode()))  # a killed run may leave half a line
         if self._resume and lines and json.loads(lines[0]) != settings:
             raise UserError(
                 f"{self.folder} was begun with other files or flags, or before a reboot; run without --resume"
@@ -126,6 +129,7 @@ class PartialFolder:
                 os.unlink(os.path.join(self.folder, name))
         replaced = self.target + ".replaced"
         if os.path.isdir(self.target):
+            shutil.rmtree(replaced, ignore_errors=True)
             os.rename(self.target, replaced)
         os.rename(self.folder, self.target)
         if os.path.isdir(replaced):
@@ -151,8 +155,7 @@ class PartialFolder:
                 os.unlink(entry.path)
 
     def _write(self, entry: dict) -> None:
-        self._journal.write(json.dumps(entry) + "\n")
-        self._journal.flush()
+        os.write(self._journal.fileno(), (json.dumps(entry) + "\n").encode())  # one call: no other thread's between
 
 
 def run_with_bar(title: str, sizes: dict[str, int], job: Callable[[str], None], progress: Progress) -> None:

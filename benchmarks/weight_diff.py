@@ -159,6 +159,7 @@ def run(
         reference: whether to run the two models in memory as well.
         output: the result's file.
     """
+    work_dir = os.path.abspath(work_dir)
     if os.path.exists(work_dir):
         raise UserError(f"--work_dir {work_dir} exists; name a new folder")
     result: dict = {

@@ -629,11 +629,15 @@ def test_resume_takes_up_what_is_done_and_refuses_other_inputs(pair, tmp_path, r
     subprocess.run([sys.executable, "-c", KILLED, "150", "recover", raw, diff, target], capture_output=True)
     with open(os.path.join(target + ".partial", "journal.jsonl")) as journal:
         assert len(journal.readlines()) > 1
+    with open(os.path.join(target + ".partial", "journal.jsonl"), "a") as journal:
+        journal.write('{"name": "half a li')
     assert "begun with other files or flags" in refused(
         weight_diff.recover, raw, diff, target, resume=True, dtype="float16"
     )
     weight_diff.recover(raw, diff, target, resume=True, test_inference=False)
     assert_same_files(target, pair[1])
+    with open(os.path.join(target, "weight_diff.json")) as manifest:
+        assert len(json.load(manifest)["tensors"]) == 19
 
 
 MEASURED = """
