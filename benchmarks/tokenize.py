@@ -1,10 +1,10 @@
 """Records tokenized per second: in batches, beside one at a time as the original's train.py did, in one run.
 
-    python benchmarks/tokenizing.py
+    python benchmarks/tokenize.py
 
 One at a time means today's tokenizer called as the original called its own: for each record once with prompt + answer
 + EOS and once more with the prompt, each call padded and truncated, to tensors. The original's tokenizer was slower
-still. Both ways end in the same tensors, which is checked. Writes benchmarks/results/tokenizing.json.
+still. Both ways end in the same tensors, which is checked. Writes benchmarks/results/tokenize.json.
 """
 
 # ruff: noqa: E402  (the search path is set before anything else is imported)
@@ -94,7 +94,7 @@ def main(data_path: str | None = None, tokenizer_dir: str | None = None, records
         "versions": {"tokenizers": tokenizers.__version__, "transformers": transformers.__version__},
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
     }
-    jdump(result, os.path.join(ROOT, "benchmarks", "results", "tokenizing.json"))
+    jdump(result, os.path.join(ROOT, "benchmarks", "results", "tokenize.json"))
     print(f"{fast:,.0f} records/s in batches, {slow:,.0f} one at a time: {result['ratio']} times")
 
 
