@@ -19,6 +19,16 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Every figure that needs no GPU and no other data set; takes 20 GB of disk, 10 GB of memory.
+bench: .venv/.dev
+	$(BIN)/python benchmarks/data_quality.py measure --data_path alpaca_data.json --recording recordings/completions.jsonl
+	$(BIN)/python benchmarks/dedup.py run
+	$(BIN)/python benchmarks/generation.py run
+	$(BIN)/python benchmarks/tokenizing.py
+	$(BIN)/python benchmarks/inference.py measure
+	$(BIN)/python benchmarks/train_throughput.py measure
+	$(BIN)/python benchmarks/weight_diff.py run --sizes 0.3B,1.1B --work_dir weight_diff_benchmark
+
 .venv/.run: requirements.txt
 	@$(PYTHON) -c "" 2>/dev/null || { echo "error: $(PYTHON) does not run; name a Python 3.10 or newer: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) demo.py check
