@@ -24,7 +24,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/data_quality.py measure --data_path alpaca_data.json --recording recordings/completions.jsonl
 	$(BIN)/python benchmarks/dedup.py run
 	$(BIN)/python benchmarks/generation.py run
-	$(BIN)/python benchmarks/tokenizing.py
+	$(BIN)/python benchmarks/tokenize.py
 	$(BIN)/python benchmarks/inference.py measure
 	$(BIN)/python benchmarks/train_throughput.py measure
 	$(BIN)/python benchmarks/weight_diff.py run --sizes 0.3B,1.1B --work_dir weight_diff_benchmark
