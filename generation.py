@@ -96,18 +96,13 @@ def load(model_path: str, device: str | None = None, dtype: str | None = None) -
         UserError: the folder holds no model, tensors are missing, tokenizer and model don't fit each other.
     """
     check_model_folder(model_path)
-    with contextlib.redirect_stdout(sys.stderr):  # libraries log to stdout when they are first imported
-        from safetensors import SafetensorError
-        from transformers.utils import logging
+    from safetensors import SafetensorError
 
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     adapter = os.path.join(model_path, "adapter_config.json")
     base = _base_of_adapter(adapter) if os.path.exists(adapter) else model_path
-    device = pick_device(device)
     try:
-        model, missing = _load_model(base, device, dtype)
+        with contextlib.redirect_stdout(sys.stderr):  # libraries log to stdout when they are first imported
+            model, missing = _load_model(base, device, dtype)
         own = os.path.exists(os.path.join(model_path, "tokenizer_config.json"))
         tokenizer, _ = load_tokenizer(model_path if own else base, model_max_length=_context(model.config))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -122,11 +117,16 @@ def load(model_path: str, device: str | None = None, dtype: str | None = None) -
     return alpaca
 
 
-def _load_model(path: str, device: str, dtype: str | None) -> tuple[Any, list[str]]:
+def _load_model(path: str, device: str | None, dtype: str | None) -> tuple[Any, list[str]]:
     """Loads the weights; gives the model and the names of the tensors that were not there."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    device = pick_device(device)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).num_parameters()
     model, report = AutoModelForCausalLM.from_pretrained(

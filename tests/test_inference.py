@@ -408,7 +408,10 @@ def test_lora_adapter_loads_on_its_base_and_changes_the_logits(model_path, tmp_p
         base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     )
     tuned.save_pretrained(tmp_path / "adapter")
-    loaded = generation.load(str(tmp_path / "adapter")).model
+    alpaca = generation.load(str(tmp_path / "adapter"))
+    loaded, ids = alpaca.model, alpaca.encode(LESSONS[0], 9)[0]
+    expected = tuned.eval().generate(input_ids=torch.tensor([ids]), max_new_tokens=9, do_sample=False)[0, len(ids) :]
+    assert alpaca.generate([ids], alpaca.settings(9, 0.0, 1.0)) == [expected.tolist()]
     with torch.no_grad():
         expected, got = tuned.eval()(torch.tensor([[1, 2, 3]])).logits, loaded(torch.tensor([[1, 2, 3]])).logits
     assert torch.equal(expected, got)
