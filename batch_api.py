@@ -31,7 +31,7 @@ async def ask_in_batches(run: Run, client: Client, output_dir: str) -> None:
     """
     failures: Counter[int] = Counter()
     state_path = os.path.join(output_dir, "batch.json")
-    while run.wants() or os.path.exists(state_path):
+    while run.harvest.room or os.path.exists(state_path):
         if os.path.exists(state_path):
             state = jload(state_path)
             check_settings(state_path, state["settings"], {"model": run.model, **run.settings})
@@ -58,11 +58,11 @@ async def ask_in_batches(run: Run, client: Client, output_dir: str) -> None:
 
 def _requests(run: Run, client: Client) -> tuple[list[int], list[bytes]]:
     """Indices and lines of the next batch: as many as will probably do, the limits permitting."""
-    indices: list[int] = []
+    indices: set[int] = set()
     lines: list[bytes] = []
-    size = 0
+    index, size = -1, 0
     for _ in range(min(MAX_REQUESTS, run.expected_requests(_ASSUMED_KEPT_PER_ANSWER))):
-        index = run.next_request(set(indices), indices[-1] + 1 if indices else 0)
+        index = run.next_request(indices, index + 1)
         if index is None:
             break
         api, body = client.request(run.prompts[index], run.model, run.parameters)
@@ -71,9 +71,9 @@ def _requests(run: Run, client: Client) -> tuple[list[int], list[bytes]]:
         size += len(line)
         if size > MAX_BYTES:
             break
-        indices.append(index)
+        indices.add(index)
         lines.append(line)
-    return indices, lines
+    return sorted(indices), lines
 
 
 async def _upload(client: Client, lines: list[bytes]) -> str:

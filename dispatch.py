@@ -66,10 +66,15 @@ class Run:
             self.spending.add(record, self.prompts[index])
         self.catch_up()
 
-    def wants(self, extra: int = 0) -> bool:
-        """Whether the answers known, and `extra` more, will probably not fill the room that is left."""
-        expected = self.harvest.kept_per_answer * (self.unharvested + extra)
-        return self.harvest.room > 0 and expected < self.harvest.room
+    def wants(self, taken: set[int]) -> bool:
+        """Whether another answer is wanted beside those in the journal and those on their way.
+
+        It is where they will probably not fill the room that is left, and where they are of no use yet because the one
+        that comes before them is missing, as after a crash.
+        """
+        expected = self.harvest.kept_per_answer * (self.unharvested + len(taken))
+        missing = self.harvest.answers not in self.journal.records and self.harvest.answers not in taken
+        return self.harvest.room > 0 and (missing or expected < self.harvest.room)
 
     @property
     def unharvested(self) -> int:
@@ -147,7 +152,8 @@ class Run:
 
     def expected_requests(self, kept_per_answer: float) -> int:
         """How many more requests will probably fill the room, at a yield that is assumed where none is known."""
-        return max(1, math.ceil(self.harvest.room / (self.harvest.kept_per_answer or kept_per_answer)))
+        requests = math.ceil(self.harvest.room / (self.harvest.kept_per_answer or kept_per_answer))
+        return max(1, requests - self.unharvested)
 
 
 async def ask_live(run: Run, client: Client) -> None:
@@ -166,8 +172,8 @@ async def ask_live(run: Run, client: Client) -> None:
         width = 1 if not run.requested else run.request_batch_size if run.harvest.answers else 0
         if run.unharvested >= 2 * run.request_batch_size:  # what they bring may change what is wanted
             width = 0
-        while len(tasks) < width and not failure and not run.stopped and run.wants(len(tasks)):
-            index = run.next_request(set(tasks.values()))
+        while len(tasks) < width and not failure and not run.stopped and run.wants(taken := set(tasks.values())):
+            index = run.next_request(taken)
             if index is None:
                 break
             tasks[asyncio.ensure_future(client.complete(run.prompts[index], run.model, **run.parameters))] = index

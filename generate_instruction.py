@@ -274,7 +274,7 @@ def generate_instruction_following_data(
                 return run
 
         run = asyncio.run(ask())
-    if run.stopped:
+    if run.stopped and harvest.room:
         print(
             f"Stopped before {num_instructions_to_generate} tasks: {run.stopped}. The same command goes on from there."
         )
