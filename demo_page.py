@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from generation import Alpaca, say
+from answering import Alpaca, say
 from pairwise import Journal
 from utils import UserError
 

@@ -19,7 +19,7 @@ import os
 import sys
 from typing import Any
 
-from generation import Alpaca, load, say
+from answering import Alpaca, load, say
 from utils import UserError, atomic_write, jdump, load_examples, run_cli
 
 

@@ -19,7 +19,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import generation  # noqa: E402
+import answering  # noqa: E402
 import inference  # noqa: E402
 import tiny_model  # noqa: E402
 from utils import jdump, jload, run_cli  # noqa: E402
@@ -40,7 +40,7 @@ def measure() -> None:
     result = {
         "what": f"{PROMPTS} seed tasks in batches of {BATCH_SIZE} beside one at a time, up to {NEW_TOKENS} new tokens",
         "models": {name: measure_model(shape) for name, shape in MODELS.items()},
-        "tie_threshold": generation.TIE,
+        "tie_threshold": answering.TIE,
         **environment(),
     }
     os.makedirs(os.path.join(ROOT, "benchmarks/results"), exist_ok=True)
@@ -56,7 +56,7 @@ def measure_model(shape: dict) -> dict:
         jdump({**jload(os.path.join(ROOT, "configs/tiny_llama.json")), **shape}, f"{folder}/config.json")
         jdump([{**task, "output": "-"} for task in tasks], f"{folder}/data.json")
         tiny_model.make(f"{folder}/config.json", f"{folder}/data.json", f"{folder}/model")
-        alpaca = generation.load(f"{folder}/model", device="cpu", dtype="float32")
+        alpaca = answering.load(f"{folder}/model", device="cpu", dtype="float32")
     prompts = sorted((alpaca.encode(task, NEW_TOKENS)[0] for task in tasks), key=len, reverse=True)
     greedy = alpaca.settings(NEW_TOKENS, 0.0, 1.0)
     varied = alpaca.settings(NEW_TOKENS, 1.0, 1.0)
@@ -72,7 +72,7 @@ def measure_model(shape: dict) -> dict:
     }
 
 
-def compare(alpaca: generation.Alpaca, prompts: list[list[int]], settings: object) -> dict:
+def compare(alpaca: answering.Alpaca, prompts: list[list[int]], settings: object) -> dict:
     """Times both ways; only tokens up to each answer's EOS count."""
     step = len(prompts) // ALONE
     alone, alone_answers = timed(alpaca, prompts[::step], settings, 1)
@@ -83,7 +83,7 @@ def compare(alpaca: generation.Alpaca, prompts: list[list[int]], settings: objec
     return figures
 
 
-def timed(alpaca: generation.Alpaca, prompts: list[list[int]], settings: object, size: int) -> tuple[float, list]:
+def timed(alpaca: answering.Alpaca, prompts: list[list[int]], settings: object, size: int) -> tuple[float, list]:
     """Generates all answers in batches of `size`; gives tokens/s and the answers."""
     start = time.perf_counter()
     answers = []
@@ -92,7 +92,7 @@ def timed(alpaca: generation.Alpaca, prompts: list[list[int]], settings: object,
     return sum(map(len, answers)) / (time.perf_counter() - start), answers
 
 
-def rounding(alpaca: generation.Alpaca, prompts: list[list[int]]) -> float:
+def rounding(alpaca: answering.Alpaca, prompts: list[list[int]]) -> float:
     """Gives how much a left-padded batch moves the best token's lead, as the largest share of the largest logit."""
     import torch
 

@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 
-import generation
+import answering
 import inference
 import pairwise
 import tiny_model
@@ -76,7 +76,7 @@ def teach(path):
 
 @pytest.fixture(scope="module")
 def alpaca(model_path):
-    return generation.load(model_path)
+    return answering.load(model_path)
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_chat_answers_each_instruction_on_its_own_and_leaves_at_end_of_input(mod
 
 def test_interrupt_ends_the_answer_and_not_the_chat(model_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Count to forty.\n\nName the three primary colors.\n\n"))
-    stream, asked = generation.Alpaca.stream, []
+    stream, asked = answering.Alpaca.stream, []
 
     def interrupted_once(*args):
         for piece in stream(*args):
@@ -135,7 +135,7 @@ def test_interrupt_ends_the_answer_and_not_the_chat(model_path, monkeypatch, cap
                 asked.append(piece)
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(generation.Alpaca, "stream", interrupted_once)
+    monkeypatch.setattr(answering.Alpaca, "stream", interrupted_once)
     inference.chat(model_path)
     assert capsys.readouterr().out.splitlines() == [asked[0], "Red, blue and yellow."]
 
@@ -143,7 +143,7 @@ def test_interrupt_ends_the_answer_and_not_the_chat(model_path, monkeypatch, cap
 def test_checkpoints_own_sampling_settings_are_not_inherited(model_copy):
     path = str(model_copy / "generation_config.json")
     jdump({**jload(path), "do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "top_k": 3}, path)
-    alpaca = generation.load(str(model_copy))
+    alpaca = answering.load(str(model_copy))
     answers = alpaca.generate([alpaca.encode(LESSONS[5], 600)[0]], alpaca.settings(600, 0.0, 0.9))
     assert alpaca.decode(answers[0]) == LESSONS[5]["output"]
 
@@ -205,7 +205,7 @@ def test_batches_of_opt_equal_one_at_a_time(root, tmp_path):
     tiny_model.make(
         f"{root}/configs/tiny_opt.json", str(tmp_path / "lessons.json"), str(tmp_path / "opt"), vocab_size=420
     )
-    alpaca = generation.load(str(tmp_path / "opt"))
+    alpaca = answering.load(str(tmp_path / "opt"))
     prompts = [alpaca.encode(example, 30)[0] for example in [*LESSONS, *UNTAUGHT]]
     settings = alpaca.settings(30, 0.0, 1.0)
     assert alpaca.generate(prompts, settings) == [alpaca.generate([ids], settings)[0] for ids in prompts]
@@ -219,7 +219,7 @@ def test_rows_with_near_ties_are_asked_again_alone(alpaca, monkeypatch):
     monkeypatch.setattr(alpaca.model, "generate", lambda **k: shapes.append(len(k["input_ids"])) or generate(**k))
     expected = alpaca.generate(prompts, settings)
     assert shapes == [3]
-    monkeypatch.setattr(generation, "TIE", 1e9)
+    monkeypatch.setattr(answering, "TIE", 1e9)
     assert alpaca.generate(prompts, settings) == expected
     assert shapes == [3, 3, 1, 1, 1]
 
@@ -252,7 +252,7 @@ def test_killed_batch_goes_on_to_the_same_result(root, model_path, data_path, tm
 
 def test_greedy_batch_out_of_memory_goes_on_with_smaller_batches(model_path, data_path, tmp_path, monkeypatch):
     output = str(tmp_path / "out.json")
-    generate, sizes = generation.Alpaca.generate, []
+    generate, sizes = answering.Alpaca.generate, []
 
     def short_of_memory(self, prompts, *args):
         sizes.append(len(prompts))
@@ -260,7 +260,7 @@ def test_greedy_batch_out_of_memory_goes_on_with_smaller_batches(model_path, dat
             raise torch.OutOfMemoryError
         return generate(self, prompts, *args)
 
-    monkeypatch.setattr(generation.Alpaca, "generate", short_of_memory)
+    monkeypatch.setattr(answering.Alpaca, "generate", short_of_memory)
     with pytest.raises(UserError, match="out of memory with 8 prompts at once; lower --batch_size"):
         inference.batch(model_path, data_path, output, batch_size=8, max_new_tokens=5)
     inference.batch(model_path, data_path, output, batch_size=4, max_new_tokens=5)
@@ -360,7 +360,7 @@ def test_damaged_model_folder_is_refused_in_one_line(model_copy, name):
     damage, message = MISTAKES[name]
     damage(model_copy)
     with pytest.raises(UserError, match=message) as caught:
-        generation.load(str(model_copy))
+        answering.load(str(model_copy))
     assert "\n" not in str(caught.value)
 
 
@@ -408,7 +408,7 @@ def test_lora_adapter_loads_on_its_base_and_changes_the_logits(model_path, tmp_p
         base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     )
     tuned.save_pretrained(tmp_path / "adapter")
-    alpaca = generation.load(str(tmp_path / "adapter"))
+    alpaca = answering.load(str(tmp_path / "adapter"))
     loaded, ids = alpaca.model, alpaca.encode(LESSONS[0], 9)[0]
     expected = tuned.eval().generate(input_ids=torch.tensor([ids]), max_new_tokens=9, do_sample=False)[0, len(ids) :]
     assert alpaca.generate([ids], alpaca.settings(9, 0.0, 1.0)) == [expected.tolist()]
@@ -417,14 +417,14 @@ def test_lora_adapter_loads_on_its_base_and_changes_the_logits(model_path, tmp_p
     assert torch.equal(expected, got)
     assert not torch.allclose(plain, got, atol=1e-2)
     # An adapter whose tokenizer has one more token, and the rows for it, than the base.
-    tokenizer = generation.load(model_path).tokenizer
+    tokenizer = answering.load(model_path).tokenizer
     tokenizer.add_tokens(["[PAD]"])
     tokenizer.save_pretrained(tmp_path / "adapter")
-    assert generation.load(str(tmp_path / "adapter")).model.get_input_embeddings().num_embeddings == 421
+    assert answering.load(str(tmp_path / "adapter")).model.get_input_embeddings().num_embeddings == 421
     config = jload(tmp_path / "adapter" / "adapter_config.json")
     jdump({**config, "base_model_name_or_path": "/no/base"}, str(tmp_path / "adapter" / "adapter_config.json"))
     with pytest.raises(UserError, match="names a base model that is not there: /no/base is no folder"):
-        generation.load(str(tmp_path / "adapter"))
+        answering.load(str(tmp_path / "adapter"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

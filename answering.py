@@ -6,6 +6,7 @@ import os
 import queue
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -157,7 +158,9 @@ def _with_adapter(model: Any, adapter_path: str, tokens: int) -> Any:
         raise UserError(f"{adapter_path} is a LoRA adapter, which needs peft: pip install peft") from error
     if tokens > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(tokens)  # the padding token that train.py added; padding is never attended to
-    return PeftModel.from_pretrained(model, adapter_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
+        return PeftModel.from_pretrained(model, adapter_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
