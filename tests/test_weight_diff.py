@@ -541,6 +541,18 @@ def test_every_one_of_50_flipped_bits_is_found(pair, tmp_path):
     assert_same_files(recover(str(raw), str(diff), str(tmp_path)), pair[1])
 
 
+def test_a_flipped_bit_that_does_not_change_the_sum_is_found_too(tmp_path):
+    raw, tuned = make_pair(tmp_path, shapes=llama_shapes(rows=400))
+    diff = make_diff(raw, tuned, str(tmp_path))
+    tensor = checkpoint_files.read_checkpoint(raw).tensors[EMBED]
+    probed = {(tensor.numel - 256) * spot // 7 + i for spot in range(8) for i in range(256)}
+    corrected = load_file(os.path.join(diff, "corrections.safetensors"))[f"{EMBED}.index"].tolist()
+    place = next(i for i in corrected if i not in probed and i < tensor.numel)
+    flip(tensor.path, 8 * (tensor.offset + 4 * place))
+    assert f"{EMBED} in {tensor.path} is not what" in refused(weight_diff.recover, raw, diff, str(tmp_path / "out"))
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]
+
+
 def test_verify_and_info_tell_what_a_folder_is(pair, tmp_path, capsys):
     raw, tuned, diff = pair
     out = recover(raw, diff, str(tmp_path))
