@@ -26,6 +26,7 @@ if __name__ == "__main__" and sys.argv[1:2] != ["merge"]:
 
 import os
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -332,6 +333,12 @@ def parse_arguments(argv: Sequence[str] | None = None):
         raise UserError(f"--compile_layers must be auto, true or false, found {args.compile_layers!r}")
     if args.pure_bf16 and (model_args.lora_r or args.deepspeed):
         raise UserError("--pure_bf16 is for full fine-tuning without --deepspeed; LoRA and ZeRO-3 hold float32 masters")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "save_steps"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name} must be above 0, found {getattr(args, name)}")
+    name = model_args.model_name_or_path
+    if not os.path.isdir(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise UserError(f"--model_name_or_path {name}: no such folder; expected a model's folder or a Hub id")
     if args.model_max_length < 2:
         raise UserError(f"--model_max_length must be at least 2, found {args.model_max_length}")
     if model_args.lora_r < 0:

@@ -504,6 +504,8 @@ def test_wrong_record_is_named(models, data, tmp_path, monkeypatch, broken, word
         (["--lora_r", "-1"], "--lora_r must be 0"),
         (["--resume_from_checkpoint", "True"], "holds no whole checkpoint; leave the flag away"),
         (["--model_name_or_path", "no/such-model"], "cannot load no/such-model"),
+        (["--model_name_or_path", "../no/such"], "--model_name_or_path ../no/such: no such folder"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be above 0, found 0"),
     ],
 )
 def test_wrong_flag_is_refused_in_one_line(models, data, tmp_path, monkeypatch, flags, words):
@@ -568,6 +570,17 @@ def test_7b_needs_what_the_original_needed():
     assert host / 2**30 == pytest.approx(4 * 4 * 6.738e9 / 2**30)
     alone, _ = resources.estimate(LLAMA_7B, resources.Plan("none", 1, 1, 4, 512, half=True))
     assert alone / 2**30 > 100
+
+
+def test_memory_table_of_the_readme_is_the_estimate(root):
+    with open(os.path.join(root, "README.md"), encoding="utf-8") as file:
+        rows = re.findall(r"^\| (.+) \| (\d+) GiB \| (\d+) GiB \|$", file.read(), re.M)
+    ways = ("none", "fsdp", "offload", "zero3_offload", "none")
+    found = []
+    for (label, *_), way in zip(rows, ways, strict=True):
+        shape = LLAMA_7B_LORA if "lora" in label else LLAMA_7B
+        found.append(resources.estimate(shape, resources.Plan(way, 4, 4, 4, 512, half=True)))
+    assert [(int(a), int(b)) for _, a, b in rows] == [(round(a / 2**30), round(b / 2**30)) for a, b in found]
 
 
 def test_recipe_that_fits_is_named():
