@@ -121,7 +121,7 @@ def load(model_path: str, device: str | None = None, dtype: str | None = None) -
 def _load_model(path: str, device: str | None, dtype: str | None) -> tuple[Any, list[str]]:
     """Loads the weights; gives the model and the names of the tensors that were not there."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -133,6 +133,8 @@ def _load_model(path: str, device: str | None, dtype: str | None) -> tuple[Any, 
     model, report = AutoModelForCausalLM.from_pretrained(
         path, dtype=pick_dtype(dtype, device, parameters), device_map={"": device}, output_loading_info=True
     )
+    # What the checkpoint says about sampling would fill whatever a command leaves open; only its ends of text count.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model, sorted(report["missing_keys"])
 
 
@@ -229,7 +231,7 @@ class Alpaca:
         return ids, notice if cut else None
 
     def settings(self, max_new_tokens: int, temperature: float, top_p: float) -> Any:
-        """Checks the sampling parameters and makes a generation config that inherits none from the checkpoint."""
+        """Checks the sampling parameters and makes a generation config of them."""
         from transformers import GenerationConfig
 
         if max_new_tokens < 1:
@@ -241,8 +243,6 @@ class Alpaca:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         return GenerationConfig(
             max_new_tokens=self.answer_length(max_new_tokens),
-            num_beams=1,
-            repetition_penalty=1.0,
             eos_token_id=self.eos_token_ids,
             pad_token_id=self.pad_token_id,
             **(sampling if temperature else {"do_sample": False}),
