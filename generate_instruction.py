@@ -238,16 +238,17 @@ def generate_instruction_following_data(
         print(_estimate(prompts[0], spending, num_instructions_to_generate, model_name))
         return
 
+    progress = Progress()
+    client = Client(base_url, api, max_retries, request_timeout, progress.log)
     with _writing_to(output_dir), Journal(os.path.join(output_dir, "requests.jsonl")) as journal:
         earlier, three_fields = _files_found(output_dir, journal)
         if earlier:
             settings["earlier_tasks"] = _sha256(json.dumps(earlier))
         pool = RougePool([task["instruction"] for task in [*prompts.seed_tasks, *earlier]], num_cpus)
         harvest = Harvest(rules, num_prompt_instructions, num_instructions_to_generate, pool, earlier)
-        progress = Progress()
 
         async def ask() -> Run:
-            async with Client(base_url, api, max_retries, request_timeout, progress.log) as client:
+            async with client:
                 model = model_name or journal.model or await client.only_model()
                 journal.check(model, settings)
                 spending = Spending(find_prices(model, price_input, price_output), **limits)

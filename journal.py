@@ -66,8 +66,10 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives the file and its lock back."""
+        """Gives the file and its lock back; a file without an answer goes."""
         with contextlib.suppress(OSError):
+            if not self.records and not os.fstat(self._file).st_size:
+                os.unlink(self.path)
             os.close(self._file)
 
 

@@ -17,6 +17,7 @@ import urllib.request
 import pytest
 from openai_server import WORDS, Server, completion_for, tasks_for, unsupported
 
+import batch_api
 import generate_instruction
 import spending
 import tiny_model
@@ -453,6 +454,17 @@ def test_batches_give_the_same_tasks_at_half_the_price(folder, server, capsys):
     assert not (folder / "batch" / "batch.json").exists()
 
 
+def test_a_file_of_batch_requests_keeps_to_its_limits(folder, server, monkeypatch):
+    server.polls_per_batch = 0
+    monkeypatch.setattr(batch_api, "MAX_REQUESTS", 2)
+    generate(server, batch_api=True)
+    assert len(server.batches) == 2
+    monkeypatch.setattr(batch_api, "MAX_BYTES", 1000)
+    generate(server, "small", num_instructions_to_generate=20, batch_api=True)
+    assert len(server.batches) == 4
+    assert len(jload("small/regen.json")) == 20
+
+
 @pytest.mark.parametrize("knows_id", [True, False])
 def test_an_interrupted_batch_is_picked_up_and_not_paid_again(folder, server, knows_id):
     server.polls_per_batch = 10**6
@@ -508,6 +520,7 @@ def test_no_key_and_no_server_is_one_line_with_both_ways_out(folder, capsys):
     said = fails(capsys, None)
     assert "OPENAI_API_KEY" in said
     assert "--base_url" in said
+    assert not (folder / "out").exists()
 
 
 def test_a_failure_in_the_middle_keeps_what_came_and_the_same_command_goes_on(folder, server, capsys):
