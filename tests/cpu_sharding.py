@@ -13,6 +13,7 @@ import sys
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import deepspeed.comm.torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 import sharding
 import train
 
+deepspeed.comm.torch.build_shm_op = lambda: None  # would be compiled first, for minutes; gloo does it
 state_init, prepare_backend = AcceleratorState.__init__, PartialState._prepare_backend
 
 
