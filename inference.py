@@ -231,12 +231,12 @@ def _read_journal(journal: str, run: dict) -> dict[int, str]:
     lines = []
     if os.path.exists(journal):
         with open(journal, encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file if line.endswith("\n")]
-    if lines and lines[0] != run:
+            lines = [line for line in file if line.endswith("\n")]
+    if lines and lines[0] != json.dumps(run) + "\n":
         raise UserError(f"{journal} was begun with other data or settings; give those again, or delete it")
     with atomic_write(journal) as file:
-        file.writelines(json.dumps(line) + "\n" for line in (lines or [run]))
-    answers = {row: text for line in lines[1:] for row, text in line["answers"]}
+        file.writelines(lines or [json.dumps(run) + "\n"])
+    answers = {row: text for line in lines[1:] for row, text in json.loads(line)["answers"]}
     if answers:
         say(f"{journal}: going on after {len(answers)} answers")
     return answers

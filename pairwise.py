@@ -12,6 +12,7 @@ from utils import UserError, load_records
 
 Z_95 = 1.959964  # the normal distribution's 97.5 % point
 CHOICES = ("a", "b", "tie")
+LINE_START = b'{"key": "'
 
 
 @dataclass(frozen=True)
@@ -75,25 +76,40 @@ def load_pairs(a: str, b: str, seed: int) -> tuple[list[Pair], dict[str, str]]:
     return pairs, dict(zip("ab", names, strict=True))
 
 
+def _parse(line: bytes) -> dict:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 class Journal:
     """The judgements made so far, one JSON object a line, each on disk before the next pair is shown."""
 
     def __init__(self, path: str, pairs: list[Pair], names: dict[str, str]):
         self.path, self.names = path, names
         self.verdicts: dict[str, str] = {}
-        known = {pair.key for pair in pairs}
-        if os.path.exists(path) and os.path.getsize(path):
-            self._drop_unfinished_line()
-            for where, record in load_records(path):
-                if record.get("key") not in known or record.get("better") not in CHOICES:
-                    raise UserError(f"{where} is no judgement of these answers; name another --output")
-                self.verdicts[record["key"]] = record["better"]
+        self._read({pair.key for pair in pairs})
         self.waiting = [pair for pair in pairs if pair.key not in self.verdicts]
 
-    def _drop_unfinished_line(self) -> None:
-        with open(self.path, "rb+") as file:
+    def _read(self, known: set[str]) -> None:
+        """Reads earlier verdicts; a last line that was cut off in writing is dropped, any other file left alone."""
+        if not os.path.exists(self.path):
+            return
+        with open(self.path, "rb") as file:
             content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
+        *lines, cut_off = content.split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            verdict = _parse(line)
+            if verdict.get("key") not in known or verdict.get("better") not in CHOICES:
+                raise UserError(f"{self.path}, line {number} is no judgement of these answers; name another --output")
+            self.verdicts[verdict["key"]] = verdict["better"]
+        if not cut_off.startswith(LINE_START[: len(cut_off)]):
+            raise UserError(f"{self.path} holds something else than judgements; name another --output")
+        if cut_off:
+            with open(self.path, "rb+") as file:
+                file.truncate(len(content) - len(cut_off))
 
     def record(self, choice: str) -> None:
         """Keeps the verdict on the pair that waits first.

@@ -541,7 +541,7 @@ def test_compare_is_blind_resumable_and_counts(root, outputs):
     assert "model-" not in first.split("\nmodel-a")[0]
     assert "(to go: 6)" in first
     with open(outputs[2], "a") as file:
-        file.write('{"half a li')
+        file.write('{"key": "half a li')
     second = compare(root, outputs, "1" * 6)
     with open(outputs[2]) as file:
         lines = [json.loads(line) for line in file]
@@ -560,6 +560,15 @@ def test_judgements_of_other_answers_are_refused(root, outputs, tmp_path):
     pairs, names = pairwise.load_pairs(outputs[1], outputs[0], seed=42)
     with pytest.raises(UserError, match="line 1 is no judgement of these answers"):
         pairwise.Journal(outputs[2], pairs, names)
+    for kind, text in (
+        ("list", json.dumps([{"key": 1}], indent=1)),
+        ("line", '{"instruction": 1}'),
+        ("text", "a\nb\n"),
+    ):
+        (tmp_path / kind).write_text(text)
+        with pytest.raises(UserError, match="name another --output"):
+            pairwise.Journal(str(tmp_path / kind), pairs, names)
+        assert (tmp_path / kind).read_text() == text
     jdump(jload(outputs[0])[:-1], str(tmp_path / "short.json"))
     with pytest.raises(UserError, match=r"has 8 answers and .* has 7"):
         pairwise.load_pairs(outputs[0], str(tmp_path / "short.json"), seed=42)
