@@ -182,6 +182,8 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if dropout:
         raise ValueError("packed attention has no dropout")
+    # Autocast leaves rotated queries and keys in float32; SDPA would cast them itself.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     attend = _per_document
     if query.device.type == "cuda" and query.dtype != torch.float64:
         attend = _varlen if _has_varlen(query) else _flex

@@ -393,9 +393,12 @@ def test_compiled_layers_give_the_same_gradients_from_few_graphs(examples, monke
 
 
 def test_varlen_attentions_arguments_mean_the_same_documents(examples, reference, monkeypatch):
+    kinds = set()
+
     def varlen_by_definition(query, key, value, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, -1)):
         """What PyTorch documents, document by document: (-1, 0) is causal, the last query at the last key."""
         assert window_size == (-1, 0)
+        kinds.update((query.dtype, key.dtype, value.dtype))
         outputs = []
         for i in range(len(cu_q) - 1):
             q = query[cu_q[i] : cu_q[i + 1]].transpose(0, 1)
@@ -415,6 +418,14 @@ def test_varlen_attentions_arguments_mean_the_same_documents(examples, reference
         loss, _ = packed_loss(model, micro_batches(examples, 4), "micro_batch", True, 600)
         assert loss.item() == pytest.approx(expected_loss, rel=1e-7)
         assert worst(gradients(model), expected) < 1e-7
+    assert kinds == {torch.float64}
+    kinds.clear()
+    model = make_model(dtype=torch.float32)
+    packed_model.install(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = packed_loss(model, micro_batches(examples, 4), "micro_batch", True, 600)
+    assert kinds == {torch.bfloat16}
+    assert loss.item() == pytest.approx(reference("llama", "micro_batch")[0], rel=1e-2)
 
 
 def test_a_world_of_one_under_fsdp2_holds_the_masters_of_adamw(examples):
