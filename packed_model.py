@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_liger_kernel_available
 
 ATTENTION = "alpaca_packed"  # the name under which transformers knows packed_attention
 # Logits of one chunk, in float32 numbers: 256 MiB, and about four times that while their gradient is made.
@@ -263,6 +264,26 @@ def install(model: torch.nn.Module) -> None:
 
     forward.__signature__ = inspect.signature(type(model).forward)  # the Trainer reads which columns it takes
     model.forward = types.MethodType(forward, model)
+
+
+def choose_kernels(args: Any, packed: bool) -> bool:
+    """Decides what fuses the small operations of a layer: torch.compile, or Liger's kernels where they are installed.
+
+    Args:
+        args: train.py's; `use_liger_kernel` is set where Liger is chosen. Its own loss is left out, for it would take
+            the place of the packed forward pass.
+        packed: whether passes are padding-free.
+
+    Returns:
+        Whether to compile the layers.
+    """
+    on_gpu = args.device.type == "cuda"
+    wanted = args.compile_layers.lower()
+    compiles = wanted == "true" or (wanted == "auto" and on_gpu and packed and not args.use_liger_kernel)
+    args.use_liger_kernel |= on_gpu and packed and not compiles and is_liger_kernel_available()
+    if args.use_liger_kernel and packed:
+        args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
+    return compiles
 
 
 def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:

@@ -296,7 +296,7 @@ class PackedTrainer(Trainer):
             raise UserError(
                 f"--max_tokens_per_pass {max_tokens_per_pass} is too few for the longest example, {longest} tokens"
             )
-        install(self.model)  # after the Trainer, which puts Liger's forward pass there when asked to
+        install(self.model)
         self.max_tokens_per_pass = max_tokens_per_pass
         documents = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.prefixes = find_prefixes(self.train_dataset, documents) if shared_prefix else []

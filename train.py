@@ -118,35 +118,19 @@ class TrainingArguments(transformers.TrainingArguments):
         },
     )
     padding_free: str = field(
-        default="auto",
-        metadata={
-            "help": "true: the examples of a step are laid end to end, without padding. false: padded batches, as the "
-            "original. auto: true wherever loss and gradients are the padded batch's."
-        },
+        default="auto", metadata={"help": "No padding: true, false, or auto: where losses stay the padded batch's."}
     )
     shared_prefix: str = field(
-        default="auto",
-        metadata={
-            "help": "true: the template's opening words are computed once per padding-free pass, not once per example. "
-            "false: they are not. auto: true wherever that changes nothing."
-        },
+        default="auto", metadata={"help": "Compute the template's opening words once per pass: true, false or auto."}
     )
     max_tokens_per_pass: int = field(
         default=0, metadata={"help": "Tokens of a padding-free pass; by the device's memory when 0."}
     )
     compile_layers: str = field(
-        default="auto",
-        metadata={
-            "help": "true: torch.compile turns each decoder layer into fused kernels, for passes of any length. "
-            "auto: true for padding-free passes on a GPU."
-        },
+        default="auto", metadata={"help": "torch.compile the layers: true, false, or auto: padding-free on a GPU."}
     )
     pure_bf16: bool = field(
-        default=False,
-        metadata={
-            "help": "Hold weights, gradients and Adam's states in bfloat16: half the memory, but not faithful. An "
-            "update below 1/512 of its weight is lost, and those of a 2e-5 learning rate mostly are."
-        },
+        default=False, metadata={"help": "Weights and Adam's states in bfloat16, where small updates vanish."}
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train into a folder that already holds a run; its files are replaced."}
@@ -449,8 +433,7 @@ def train() -> None:
     trainer = AlpacaTrainer(model=model, args=args, processing_class=tokenizer, shape=shape, **data)
     if packed:
         say(trainer.pack(args.max_tokens_per_pass or tokens, shared))
-    on_gpu = args.device.type == "cuda" and packed
-    if args.compile_layers.lower() == "true" or (args.compile_layers.lower() == "auto" and on_gpu):
+    if packed_model.choose_kernels(args, packed):
         packed_model.compile_layers(model)
     trainer.train(resume_from_checkpoint=resume)
     if trainer.stopped:

@@ -641,6 +641,24 @@ def test_a_flag_that_makes_no_sense_is_refused_in_one_line(trainee, tmp_path, mo
         train.train()
 
 
+def test_ligers_kernels_leave_the_packed_forward_pass_alone(trainee, tmp_path, monkeypatch):
+    import train
+
+    seen = []
+
+    def stand_in(model, config):
+        """What Liger does to a model unless told not to: puts a forward pass with its own loss there."""
+        seen.append(config)
+        if (config or {}).get("fused_linear_cross_entropy", True):
+            model.forward = None
+
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", stand_in)
+    flags = ["--use_liger_kernel", "True", "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *trainee, *flags])
+    train.train()
+    assert seen == [{"fused_linear_cross_entropy": False}]
+
+
 def test_weights_in_16_bits_are_not_trained_unless_asked_for(trainee, tmp_path, monkeypatch):
     import train
 
