@@ -123,8 +123,11 @@ class Client:
         served = await self.served_models()
         if len(served) == 1:
             return served[0]
-        found = f"serves {_shortened(served)}" if served else "lists no model"
+        found = f"serves {_shortened(served)}" if served else f"lists no model{self._hint()}"
         raise UserError(f"{self.url} {found}; say which one with --model_name")
+
+    def _hint(self) -> str:
+        return "" if self.url.endswith("/v1") else " (an OpenAI-compatible --base_url mostly ends in /v1)"
 
     async def complete(self, prompt: str | list[dict], model: str, **parameters: Any) -> Completion:
         """Completes one prompt.
@@ -284,8 +287,7 @@ class Client:
             served = []
         if served and model not in served:
             return UserError(f"{self.url} serves no model {model!r}; it serves {_shortened(served)}")
-        hint = "" if self.url.endswith("/v1") else "; an OpenAI-compatible --base_url mostly ends in /v1"
-        return UserError(f"{self.url} answered 404: {_said(error)}{hint}")
+        return UserError(f"{self.url} answered 404: {_said(error)}{self._hint()}")
 
     def _explained(self, error: Any) -> UserError:
         """One line for a failure that ends the run."""
@@ -321,6 +323,8 @@ def _connect(base_url: str | None, timeout: float) -> Any:
             "no API key and no server: set OPENAI_API_KEY (Azure: AZURE_OPENAI_API_KEY), or start a local server "
             "(transformers serve MODEL --port 8000) and give --base_url http://127.0.0.1:8000/v1"
         )
+    if not (azure or base_url or "https://").startswith(("http://", "https://")):
+        raise UserError(f"--base_url must begin with http:// or https://, found {azure or base_url!r}")
     settings = {"api_key": key or "none", "timeout": timeout, "max_retries": 0}
     try:
         if azure and os.environ.get("OPENAI_API_VERSION"):

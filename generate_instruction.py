@@ -223,9 +223,17 @@ def generate_instruction_following_data(
         keywords: comma-separated; an instruction with one of them is dropped.
     """
     rules = Rules(similarity_threshold, min_words, max_words, keywords)
-    for name, value in (("request_batch_size", request_batch_size), ("max_tokens", max_tokens), ("num_cpus", num_cpus)):
+    counts = {
+        "num_instructions_to_generate": num_instructions_to_generate,
+        "request_batch_size": request_batch_size,
+        "max_tokens": max_tokens,
+        "num_cpus": num_cpus,
+    }
+    for name, value in counts.items():
         if value < 1:
             raise UserError(f"--{name} must be 1 or more, found {value}")
+    if os.path.isfile(output_dir):
+        raise UserError(f"--output_dir {output_dir} is a file; name a folder")
     prompts = Prompts(_read_text(prompt_path), load_seed_tasks(seed_tasks_path), num_prompt_instructions, seed)
     parameters = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     if logit_bias is not None:

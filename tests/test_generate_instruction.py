@@ -57,7 +57,7 @@ def flags(server, output_dir="out", **more) -> list[str]:
     """The command line of a small run."""
     given = {"output_dir": output_dir, "num_instructions_to_generate": 50, **more}
     if server:
-        given["base_url"] = server.base_url
+        given.setdefault("base_url", server.base_url)
     return ["generate_instruction_following_data", *(f"--{name}={value}" for name, value in given.items())]
 
 
@@ -564,13 +564,16 @@ def test_malformed_seed_file_is_refused_with_its_line(folder, server, capsys, li
         ({"logit_bias": "50256"}, "must be a JSON object"),
         ({"similarity_threshold": 7}, "from 0 to 1"),
         ({"price_input": 1}, "--price_input and --price_output belong together"),
+        ({"num_instructions_to_generate": 0}, "--num_instructions_to_generate must be 1 or more"),
+        ({"output_dir": "prompt.txt"}, "--output_dir prompt.txt is a file"),
+        ({"base_url": "localhost:80/v1"}, "must begin with http:// or https://"),
         ({"api": "chatty"}, "--api must be auto, chat or completions"),
         ({"modelname": "x"}, "did you mean --model_name"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_wrong_flags_are_one_line(folder, server, capsys, change, said):
-    assert said in fails(capsys, server, **change)
+    assert said in fails(capsys, server, **{"output_dir": "out", **change})
     assert not server.requests
 
 
