@@ -170,8 +170,8 @@ async def ask_live(run: Run, client: Client) -> None:
         # The first request goes alone: a wrong key or model costs one call, refused parameters are learnt once, and
         # its tasks tell how much an answer brings.
         width = 1 if not run.requested else run.request_batch_size if run.harvest.answers else 0
-        if run.unharvested >= 2 * run.request_batch_size:  # what they bring may change what is wanted
-            width = 0
+        if harvesting is not None and run.unharvested >= 2 * run.request_batch_size:
+            width = 0  # what those bring may change what is wanted
         while len(tasks) < width and not failure and not run.stopped and run.wants(taken := set(tasks.values())):
             index = run.next_request(taken)
             if index is None:

@@ -282,7 +282,11 @@ def generate_instruction_following_data(
                 _finish(run, progress)
                 return run
 
-        run = asyncio.run(ask())
+        try:
+            run = asyncio.run(ask())
+        except KeyboardInterrupt:  # while waiting for a batch; with requests in flight it is handled there
+            print("Interrupted; what was asked for goes on at the server. The same command goes on from there.")
+            raise
     if run.stopped and harvest.room:
         print(
             f"Stopped before {num_instructions_to_generate} tasks: {run.stopped}. The same command goes on from there."

@@ -327,6 +327,17 @@ def test_an_answer_that_is_missing_among_later_ones_is_asked_for(folder, server,
     assert outputs(folder / "out") == outputs(folder / "whole")
 
 
+def test_many_answers_behind_a_missing_one_wait_for_it_at_any_width(folder, server):
+    generate(server, num_instructions_to_generate=130, request_batch_size=8)
+    before, path = outputs(folder / "out"), folder / "out" / "requests.jsonl"
+    lines = path.read_text().splitlines(True)
+    path.write_text("".join(line for line in lines if not line.startswith('{"request_index": 1,')))
+    server.requests.clear()
+    generate(server, num_instructions_to_generate=130, request_batch_size=1)
+    assert len(server.requests) == 1
+    assert outputs(folder / "out") == before
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -473,9 +484,13 @@ def test_an_interrupted_batch_is_picked_up_and_not_paid_again(folder, server, kn
     state = folder / "out" / "batch.json"
     while not (state.exists() and jload(state)["batch_id"]):
         time.sleep(0.02)
-    process.kill()
-    process.wait()
-    if not knows_id:  # as if the crash came between the batch's creation and its noting down
+    process.send_signal(signal.SIGINT if knows_id else signal.SIGKILL)
+    out, err = process.communicate(timeout=30)
+    if knows_id:
+        assert process.returncode == 130
+        assert "The same command goes on from there" in out
+        assert "Traceback" not in err
+    else:  # as if the crash came between the batch's creation and its noting down
         state.write_text(json.dumps({**jload(state), "batch_id": None}))
     server.polls_per_batch = 0
     generate(server, batch_api=True)
