@@ -44,7 +44,9 @@ class AlpacaTrainer(packing.PackedTrainer):
         """Trains; SIGTERM ends it after the step under way, with a checkpoint."""
         self.stop_signal = checkpoint.StopSignal()
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            self.throughput.report(self._sum_over_ranks)  # what came after the last log line
+            return result
         finally:
             self.stop_signal.restore()
 

@@ -60,7 +60,7 @@ def measure(
         rounds: how often each row runs.
         layers: decoder layers, to try a large model on a smaller GPU; the model's own number when 0.
         max_tokens_per_pass: as train.py's flag.
-        output: the JSON file; benchmarks/results/train_throughput_<model>_<device>.json when empty.
+        output: the JSON file; one in benchmarks/results, named by model, data and device, when empty.
     """
     chosen = list(ROWS) if rows == "all" else [row.strip() for row in rows.split(",")]
     if unknown := [row for row in chosen if row not in ROWS]:
@@ -84,6 +84,7 @@ def measure(
     result = {**environment(), **job, "rounds": rounds, "skipped": sorted(missing), "rows": table}
     device = "gpu" if result["gpu"] else "cpu"
     name = os.path.splitext(os.path.basename(model))[0]
+    name += "_real_text" if data_path else ""
     path = output or os.path.join(ROOT, "benchmarks", "results", f"train_throughput_{name}_{device}.json")
     jdump(result, path)
     print(format_table(result), f"written to {os.path.relpath(path)}", sep="\n")
