@@ -27,6 +27,7 @@ _TOO_LONG = re.compile(r"context.{0,20}length|context.{0,10}window|maximum.{0,20
 _NO_QUOTA = {"insufficient_quota", "billing_not_active", "billing_hard_limit_reached"}
 _NEW_NAMES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 _SMALLEST_MAX_TOKENS = 64
+_NO_KEY = "none"  # local servers need no key, but openai's client sends one
 
 
 @dataclass
@@ -77,6 +78,7 @@ class Client:
     _first_api: str = field(default="chat", init=False)  # that "auto" tries
     _not_before: float = field(default=0.0, init=False)
     _given_up: bool = field(default=False, init=False)
+    _pauses: set[asyncio.Future] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         if self.api not in ("auto", "chat", "completions"):
@@ -91,8 +93,10 @@ class Client:
         await self.openai.close()
 
     def give_up(self) -> None:
-        """From now on a failure is final: requests in flight may end well but aren't sent again."""
+        """From now on a failure is final: requests in flight may end well, but none is sent or waited for."""
         self._given_up = True
+        for pause in self._pauses:
+            pause.cancel()
 
     async def served_models(self) -> list[str]:
         """The ids that the server lists under /models.
@@ -267,7 +271,15 @@ class Client:
 
     async def _wait_for_server(self) -> None:
         while (pause := self._not_before - time.monotonic()) > 0:
-            await asyncio.sleep(pause)
+            await self._pause(pause)
+
+    async def _pause(self, seconds: float) -> None:
+        pause = asyncio.ensure_future(asyncio.sleep(seconds))
+        self._pauses.add(pause)
+        await asyncio.wait({pause})
+        self._pauses.discard(pause)
+        if self._given_up:
+            raise UserError(f"the request to {self.url} was given up while it waited for its next try")
 
     async def _back_off(self, trouble: str, wait: float | None, failures: int) -> None:
         """Waits before the next try: as long as the server asked, else exponentially with jitter."""
@@ -277,7 +289,7 @@ class Client:
         else:
             wait = min(60.0, 0.5 * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
         self.log(f"{_one_line(trouble)}; try {failures} of {self.max_retries} again in {wait:.1f} s.")
-        await asyncio.sleep(wait)
+        await self._pause(wait)
 
     async def _not_found(self, error: Any, model: str) -> UserError:
         """A 404: an unknown model, where the server lists others, or what the server says."""
@@ -297,12 +309,11 @@ class Client:
             start = "start the server (transformers serve MODEL, say) or mend --base_url"
             return UserError(f"cannot reach {self.url}: {_cause(error)}; {start}")
         if status in (401, 403):
-            found = "the key was refused" if os.environ.get("OPENAI_API_KEY") else "a key is needed and none is set"
-            return UserError(f"{self.url} answered {status}: {said}; {found}: set OPENAI_API_KEY")
+            variable = "AZURE_OPENAI_API_KEY" if "azure" in type(self.openai).__name__.lower() else "OPENAI_API_KEY"
+            found = "the key was refused" if self.openai.api_key != _NO_KEY else "a key is needed and none is set"
+            return UserError(f"{self.url} answered {status}: {said}; {found}: set {variable}")
         if status == 402 or (status == 429 and {error.code, error.type} & _NO_QUOTA):
-            return UserError(
-                f"{self.url} answered {status}: no quota or credit left ({said}); mend the account's billing"
-            )
+            return UserError(f"{self.url} answered {status}: no quota or credit left ({said}); see to the billing")
         return UserError(f"{self.url} answered {status}: {said}")
 
 
@@ -325,7 +336,7 @@ def _connect(base_url: str | None, timeout: float) -> Any:
         )
     if not (azure or base_url or "https://").startswith(("http://", "https://")):
         raise UserError(f"--base_url must begin with http:// or https://, found {azure or base_url!r}")
-    settings = {"api_key": key or "none", "timeout": timeout, "max_retries": 0}
+    settings = {"api_key": key or _NO_KEY, "timeout": timeout, "max_retries": 0}
     try:
         if azure and os.environ.get("OPENAI_API_VERSION"):
             return openai.AsyncAzureOpenAI(azure_endpoint=azure, **settings)

@@ -205,7 +205,7 @@ async def ask_live(run: Run, client: Client) -> None:
                         answers[index] = result
             if answers:
                 await asyncio.to_thread(run.take, answers)
-    if failure:
+    if failure and not run.interrupted:
         raise failure
 
 

@@ -625,6 +625,20 @@ def test_ctrl_c_finishes_the_journal_and_says_how_to_go_on(folder, server):
     assert len(jload("out/regen.json")) == 17 * server.answered
 
 
+def test_ctrl_c_does_not_sit_out_a_long_retry_after(folder, server):
+    server.faults = [{}, *[{"status": 429, "headers": {"Retry-After": "300"}}] * 5]
+    process = start(server)
+    while len(server.requests) < 3:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "429 told to fail; try 1 of 8 again in 30" in err
+    assert "The same command goes on from there" in out
+    assert "Traceback" not in err
+
+
 def test_help_names_every_flag_at_once(root):
     done = subprocess.run(
         [sys.executable, "-m", "generate_instruction", "generate_instruction_following_data", "--help"],
