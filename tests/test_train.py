@@ -40,6 +40,15 @@ SHORT = [
 SHORT += ["--logging_steps", "1", "--disable_tqdm", "True", "--save_strategy", "no", "--weight_decay", "0."]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny matrices are quicker on one thread than on two that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def data(root, tmp_path_factory) -> str:
     """32 short seed tasks."""
@@ -297,7 +306,8 @@ def start(flags: list[str], root: str) -> subprocess.Popen:
     """Starts train.py in a process of its own, where openai cannot be imported."""
     code = "import sys, runpy; sys.modules['openai'] = None; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); "
     argv = [sys.executable, "-c", code + "runpy.run_path('train.py', run_name='__main__')", "train.py", *flags]
-    return subprocess.Popen(argv, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many threads as the run that it is compared with
+    return subprocess.Popen(argv, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
