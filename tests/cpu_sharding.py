@@ -7,13 +7,13 @@ are mended here, outside the shipped script, which says that it goes on data-par
 of train.py's argument lists; they run one after another in the same processes, which saves their start-up.
 """
 
+import importlib
 import json
 import os
 import sys
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import deepspeed.comm.torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -21,7 +21,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 import sharding
 import train
 
-deepspeed.comm.torch.build_shm_op = lambda: None  # would be compiled first, for minutes; gloo does it
+# Would be compiled first, for minutes; gloo does it. (`deepspeed.comm.torch` as a name is PyTorch itself.)
+importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 state_init, prepare_backend = AcceleratorState.__init__, PartialState._prepare_backend
 
 
