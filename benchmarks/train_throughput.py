@@ -363,7 +363,8 @@ class Counter:
     def result(self, examples: list[dict], job: dict) -> dict:
         """Sums up. MFU counts 6 FLOPs per parameter and useful token, hardware MFU what ran; attention is left out.
 
-        Work is the one over the other: 1.54 for padding alone.
+        Work is the one over the other: 1.54 for padding alone. It is 0 where lm_head was not called: TRL has a loss of
+        its own, whose logits are not seen here.
         """
         import resources
 
@@ -372,7 +373,7 @@ class Counter:
             useful = self.tokens
         peak, source = resources.peak_flops(self.device)
         ideal = 6 * (self.body + self.head) * useful
-        executed = 6 * (self.body * self.tokens + self.head * self.logits)
+        executed = 6 * (self.body * self.tokens + self.head * self.logits) if self.logits else 0
         # Packed sequences don't hold 128 examples a step: what counts is the time for 128 examples' tokens.
         step_seconds = self.seconds / useful * STEP * sum(len(e["input_ids"]) for e in examples) / len(examples)
         return {

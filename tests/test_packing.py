@@ -606,16 +606,18 @@ def test_passes_are_as_long_as_the_estimate_leaves_room_for():
     def tokens(**changes):
         flags = {"deepspeed": None, "fsdp": None, "fsdp_config": {}, "world_size": 1, "bf16": True, "fp16": False}
         flags |= {"per_device_train_batch_size": 4, "model_max_length": 512, "pure_bf16": False}
-        flags |= {"gradient_checkpointing": False, "device": torch.device("cpu"), **changes}
+        flags |= {"gradient_checkpointing": False, "device": torch.device("cuda"), **changes}
         return resources.tokens_per_pass(seven_billion, SimpleNamespace(**flags))
 
     seven_billion = resources.ModelShape(6_738_423_808, 6_738_423_808, 6_607_343_616, 202_383_360, 4096, 32, 32_001)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resources, "host_memory", lambda: 139 * 2**30)  # of an H200
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (139 * 2**30, 141 * 2**30))  # an H200's
         assert 2_000 < tokens(fsdp=True) < 8_000
         assert tokens(fsdp=True, gradient_checkpointing=True) == 16_384
-        patch.setattr(resources, "host_memory", lambda: 2**30)
-        assert tokens() == 512
+        assert tokens() < tokens(fsdp=True)  # autocast takes 18 bytes per parameter
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 2**30, 80 * 2**30))
+        assert tokens(fsdp=True) == 512  # nothing is left: one example at a time, and the estimate refuses elsewhere
+        assert tokens(device=torch.device("cpu"), model_max_length=4096) == 4096
 
 
 @pytest.mark.parametrize(
