@@ -24,6 +24,7 @@ if __name__ == "__main__" and sys.argv[1:2] != ["merge"]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
+import importlib.util
 import os
 import random
 import re
@@ -327,6 +328,9 @@ def parse_arguments(argv: Sequence[str] | None = None):
         raise UserError(f"--model_max_length must be at least 2, found {args.model_max_length}")
     if model_args.lora_r < 0:
         raise UserError(f"--lora_r must be 0 (train all weights) or more, found {model_args.lora_r}")
+    for name in {"tensorboard", "wandb"} & set(args.report_to):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--report_to {name}: {name} is not installed here; pip install {name}")
     if args.eval_strategy != "no" and not (data_args.eval_data_path or data_args.eval_fraction):
         say(f"--eval_strategy {args.eval_strategy.value}: no --eval_data_path or --eval_fraction; not evaluating")
         args.eval_strategy, args.do_eval = IntervalStrategy.NO, False

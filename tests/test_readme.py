@@ -50,6 +50,7 @@ def cli_commands(script: str, command: str) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "run_cli", lambda table, argv=None: seen.update(table))
         patch.setattr(sys, "argv", [script, command])
+        patch.setattr(sys, "path", [*sys.path, os.path.dirname(os.path.join(ROOT, script))])
         with contextlib.suppress(SystemExit):
             runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
     return seen

@@ -557,6 +557,13 @@ def test_earlier_run_is_not_written_over(models, data, tmp_path, monkeypatch):
         run(monkeypatch, models["llama"], data, out)
 
 
+def test_reporting_to_what_is_not_installed_is_refused_before_anything_loads(models, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--report_to wandb: wandb is not installed here; pip install wandb"):
+        run(monkeypatch, models["llama"], data, tmp_path / "out", "--report_to", "wandb")
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluation_without_data_is_said_and_left_out(models, data, tmp_path, monkeypatch, capsys):
     run(monkeypatch, models["llama"], data, tmp_path / "none", "--evaluation_strategy", "steps", "--eval_steps", "2")
     assert "no --eval_data_path or --eval_fraction; not evaluating" in capsys.readouterr().out
