@@ -97,9 +97,9 @@ def format_table(result: dict) -> str:
     for row in result["rows"]:
         cells = [row["row"], f"{row['useful_tokens_per_s']:,.0f}", f"{row['ratio'] or float('nan'):.2f}"]
         cells += [
-            f"{row['work_per_useful_token']:.2f}",
+            f"{row['work_per_useful_token']:.2f}" if row["work_per_useful_token"] else "–",  # TRL's isn't counted
             f"{row['mfu']:.1%}",
-            f"{row['hardware_mfu']:.1%}",
+            f"{row['hardware_mfu']:.1%}" if row["hardware_mfu"] else "–",
             f"{row['peak_memory_gib']:.2f} GiB",
         ]
         cells += [f"{row['seconds_per_step']:.2f}", f"{row['hours_for_3_epochs']:.2f} h"]
