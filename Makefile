@@ -33,7 +33,8 @@ bench: .venv/.dev
 	@$(PYTHON) -c "" 2>/dev/null || { echo "error: $(PYTHON) does not run; name a Python 3.10 or newer: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) demo.py check
 	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { echo "error: this Python has no venv module; Debian has it in python3-venv" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	@echo "Making .venv and installing requirements.txt into it: minutes, the first time."
+	@$(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt
 	@touch $@
 

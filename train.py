@@ -324,6 +324,8 @@ def parse_arguments(argv: Sequence[str] | None = None):
     name = model_args.model_name_or_path
     if not os.path.isdir(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise UserError(f"--model_name_or_path {name}: no such folder; expected a model's folder or a Hub id")
+    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+        raise UserError(f"--output_dir {args.output_dir} is a file; name a folder, new or empty")
     if args.model_max_length < 2:
         raise UserError(f"--model_max_length must be at least 2, found {args.model_max_length}")
     if model_args.lora_r < 0:
@@ -359,6 +361,9 @@ def load_skeleton(model_args: ModelArguments, args: TrainingArguments):
         raise UserError(f"cannot load {model_args.model_name_or_path}: {str(error).splitlines()[0]}") from error
     except KeyError:
         raise UserError(f"{model_args.model_name_or_path} is a {config.model_type}, no causal language model") from None
+    if getattr(config, "alpaca_weight_diff", False):
+        diff = model_args.model_name_or_path
+        raise UserError(f"{diff} is a weight diff, not a model; python weight_diff.py recover makes the model first")
     longest = getattr(config, "max_position_embeddings", None)
     if longest and args.model_max_length > longest:
         raise UserError(f"--model_max_length {args.model_max_length} exceeds the model's {longest} positions")

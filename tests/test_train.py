@@ -526,6 +526,23 @@ def test_wrong_flag_is_refused_in_one_line(models, data, tmp_path, monkeypatch, 
     assert "\n" not in str(refusal.value)
 
 
+def test_output_dir_that_is_a_file_is_refused(models, data, tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("keep me")
+    with pytest.raises(UserError, match=r"notes\.txt is a file; name a folder"):
+        run(monkeypatch, models["llama"], data, tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "keep me"
+
+
+def test_weight_diff_is_not_trained(models, data, tmp_path, monkeypatch):
+    diff = tmp_path / "diff"
+    shutil.copytree(models["llama"], diff)
+    config = json.loads((diff / "config.json").read_text())
+    (diff / "config.json").write_text(json.dumps({**config, "alpaca_weight_diff": True}))
+    monkeypatch.setattr(train, "load_model", None)
+    with pytest.raises(UserError, match="is a weight diff, not a model"):
+        run(monkeypatch, str(diff), data, tmp_path / "out")
+
+
 def test_unknown_flag_is_refused_before_anything_loads(root):
     command = [sys.executable, "train.py", "--data_path", "x", "--warmup_ration", "0.1"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
