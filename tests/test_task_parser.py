@@ -92,6 +92,15 @@ def test_headings_are_matched_at_line_starts_only():
     assert parsed(text) == [("Say 14. Input: and 4. Output: at once.", "", "In 14. Output: 1920.")]
 
 
+def test_headings_without_numbers_are_matched_at_line_starts_only():
+    text = (
+        "Instruction: Explain the form.\nInput:\n<noinput>\nOutput:\nIt asks for an Input: and an Output: in two boxes."
+        "\n###\nInstruction: Add.\nInput:\n1 2\nOutput:\n3"
+    )
+    first = ("Explain the form.", "", "It asks for an Input: and an Output: in two boxes.")
+    assert parsed(text) == [first, ("Add.", "1 2", "3")]
+
+
 def test_an_output_may_hold_markdown_headings_rules_and_numbered_examples():
     output = "### Title\ntext\n---\n1. Instruction: an example\n1. Input: a\n1. Output: b\n#### End"
     text = GOOD.replace("\n7\n", f"\n{output}\n")
