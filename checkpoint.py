@@ -2,7 +2,6 @@
 
 import contextlib
 import glob
-import json
 import math
 import os
 import shutil
@@ -241,9 +240,3 @@ def saves_kept(total_steps: int, strategy: str, save_steps: float, epochs: float
     every = save_steps if save_steps >= 1 else max(1, math.ceil(total_steps * save_steps))
     made = math.ceil(epochs) if strategy == "epoch" else math.ceil(total_steps / every)
     return min(made, limit + 1) if limit else made
-
-
-def read_json(path: str) -> dict:
-    """Reads a JSON object that a library wrote."""
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)

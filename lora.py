@@ -2,7 +2,7 @@
 
 import os
 
-from utils import UserError
+from utils import UserError, jload
 
 
 def add_adapter(model, r: int, alpha: float, dropout: float, target_modules: str | None):
@@ -59,14 +59,14 @@ def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> N
     import torch
     import transformers
 
-    from checkpoint import read_json, tensor_shapes, verify
+    from checkpoint import tensor_shapes, verify
 
     settings = os.path.join(adapter_dir, "adapter_config.json")
     if not os.path.isfile(settings):
         raise UserError(f"{adapter_dir} holds no adapter_config.json; expected the output folder of a LoRA run")
     if os.path.isdir(output_dir) and os.listdir(output_dir):
         raise UserError(f"{output_dir} is not empty; name a new folder")
-    base = base_model or read_json(settings)["base_model_name_or_path"]
+    base = base_model or jload(settings)["base_model_name_or_path"]
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     except OSError as error:

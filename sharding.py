@@ -6,7 +6,6 @@ import socket
 
 import torch
 
-from checkpoint import read_json
 from utils import UserError, jload, say
 
 
@@ -30,18 +29,22 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
+def _say_going_on(reason: str) -> None:
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    say(f"{reason}; going on " + ("without" if alone else "data-parallel"))
+
+
 def read_fsdp(args) -> None:
     """Turns 2023's words into today's settings: FSDP2, wrapped by layer."""
     if not can_shard():
-        alone = os.environ.get("WORLD_SIZE", "1") == "1"
-        say("--fsdp: accelerate shards only across GPUs; going on " + ("without" if alone else "data-parallel"))
+        _say_going_on("--fsdp: accelerate shards only across GPUs")
         args.fsdp = None
         return
     words = str(args.fsdp).split()
     known = {"full_shard": True, "shard_grad_op": False, "auto_wrap": None, "offload": None, "True": None}
     if unknown := [word for word in words if word not in known]:
         raise UserError(f"--fsdp {unknown[0]}: FSDP2 knows full_shard, shard_grad_op, auto_wrap and offload")
-    config = read_json(args.fsdp_config) if isinstance(args.fsdp_config, str) else args.fsdp_config
+    config = jload(args.fsdp_config) if isinstance(args.fsdp_config, str) else args.fsdp_config
     args.fsdp_config = {
         "reshard_after_forward": "shard_grad_op" not in words,
         "cpu_offload": "offload" in words,
@@ -53,8 +56,7 @@ def read_fsdp(args) -> None:
 def read_deepspeed(args) -> None:
     """Reads DeepSpeed's config and mends what lost models and learning rates in 2023."""
     if not can_shard():
-        alone = os.environ.get("WORLD_SIZE", "1") == "1"
-        say("--deepspeed: accelerate starts it only on GPUs; going on " + ("without" if alone else "data-parallel"))
+        _say_going_on("--deepspeed: accelerate starts it only on GPUs")
         args.deepspeed = None
         return
     if not importlib.util.find_spec("deepspeed"):
