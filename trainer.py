@@ -136,6 +136,11 @@ class AlpacaTrainer(packing.PackedTrainer):
     def _get_output_dir(self, trial):
         return self._staging or super()._get_output_dir(trial)
 
+    def _save(self, output_dir=None, state_dict=None):
+        if state_dict:  # gathered from shards, where tied tensors no longer share memory: each would be written twice
+            state_dict = {k: tensor for k, tensor in state_dict.items() if k not in self.model.all_tied_weights_keys}
+        super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model, trial):
         target = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         writers = (self.is_world_process_zero(), self.is_local_process_zero())

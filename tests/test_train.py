@@ -223,19 +223,23 @@ def test_two_processes_train_as_one(models, data, tmp_path, monkeypatch, root):
     ways = {
         "plain": ["--plain", *fsdp, "LlamaDecoderLayer"],
         "fsdp": [*fsdp, "LlamaDecoderLayer", "--padding_free", "false"],
+        "opt": [*fsdp, "OPTDecoderLayer"],
         "offload": ["--fsdp", "full_shard auto_wrap offload", "--save_strategy", "steps", "--save_steps", "2"],
         "resumed": ["--fsdp", "full_shard auto_wrap offload"],
         "lora": [*fsdp, "OPTDecoderLayer", "--lora_r", "4"],
         "zero3": ["--deepspeed", str(tmp_path / "zero3.json")],
     }
     ways["resumed"] += ["--resume_from_checkpoint", str(tmp_path / "offload" / "checkpoint-2")]
-    commands = [arguments(models["llama"], data, tmp_path / name, *w, batch=2) for name, w in ways.items()]
+    kinds = {name: models["opt" if name == "opt" else "llama"] for name in ways}
+    commands = [arguments(kinds[name], data, tmp_path / name, *w, batch=2) for name, w in ways.items()]
     (tmp_path / "commands.json").write_text(json.dumps(commands))
     done = launch(os.path.join(root, "tests", "cpu_sharding.py"), str(tmp_path / "commands.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     run(monkeypatch, models["llama"], data, tmp_path / "one", batch=2, accumulation=4)
     for name in ("plain", "fsdp", "offload", "resumed", "zero3"):
         assert_same(tmp_path / name, tmp_path / "one", 1e-5)
+    run(monkeypatch, models["opt"], data, tmp_path / "one_opt", batch=2, accumulation=4)
+    assert_same(tmp_path / "opt", tmp_path / "one_opt", 1e-5)
     lines = done.stdout.splitlines()
     assert sum("accelerate shards only across GPUs; going on data-parallel" in line for line in lines) == 1
     assert "FSDP2 wraps LlamaDecoderLayer (as asked)" in lines
