@@ -116,14 +116,13 @@ def estimate(shape: ModelShape, plan: Plan) -> tuple[float, float]:
     activations += tokens * shape.hidden * compute * shape.layers if plan.checkpointing else 0
     activations += tokens * shape.vocabulary * (compute + 12)
     gathered = 2 * shape.largest_unit * compute
-    loading = plan.local * weights
     if plan.sharding == "none":
         autocast = 2 * shape.trainable if plan.half and plan.masters == 4 else 0
-        device, host = states + autocast, loading
-    elif plan.sharding == "fsdp":
-        device, host = states / plan.world + gathered, loading
-    elif plan.sharding == "offload":
-        device, host = gathered, max(loading, plan.local * states / plan.world)
+        device, host = states + autocast, plan.local * weights
+    elif plan.sharding == "fsdp":  # rank 0 alone loads the weights and sends each rank its part
+        device, host = states / plan.world + gathered, weights
+    elif plan.sharding == "offload":  # likewise, and the parts come to lie beside what rank 0 loaded
+        device, host = gathered, max(weights + plan.local * weights / plan.world, plan.local * states / plan.world)
     else:  # ZeRO-3 keeps 16-bit weights beside the float32 ones
         device = gathered
         host = plan.local * (states + (2 * shape.parameters if plan.half else 0)) / plan.world + 4 * shape.parameters

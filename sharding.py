@@ -6,7 +6,7 @@ import socket
 
 import torch
 
-from utils import UserError, jload, say
+from utils import UserError, is_main, jload, say
 
 
 def can_shard() -> bool:
@@ -71,8 +71,13 @@ def read_deepspeed(args) -> None:
     args.deepspeed = config
 
 
-def choose_wrapped_layer(args, skeleton) -> None:
-    """Sets the layer class that FSDP wraps: the one asked for, or the model's own where that isn't in it."""
+def fit_fsdp(args, skeleton) -> None:
+    """Tells FSDP what it has to know of a model.
+
+    It wraps the layer class asked for, or the model's own where that isn't in it. Rank 0 alone loads the weights, and
+    each rank gets its part of them, so that the host's memory holds one copy and not one for each rank. accelerate
+    sends parameters only: a model whose checkpoint holds buffers too is loaded by all ranks.
+    """
     own = sorted(skeleton._no_split_modules or ())
     asked = args.fsdp_transformer_layer_cls_to_wrap
     classes = {type(module).__name__ for module in skeleton.modules()}
@@ -83,3 +88,25 @@ def choose_wrapped_layer(args, skeleton) -> None:
     say(f"FSDP2 wraps {', '.join(chosen)} ({why})")
     args.fsdp_config["transformer_layer_cls_to_wrap"] = chosen
     args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(chosen)
+    only_parameters = skeleton.state_dict().keys() <= dict(skeleton.named_parameters(remove_duplicate=False)).keys()
+    args.fsdp_plugin_args["cpu_ram_efficient_loading"] = only_parameters
+
+
+def gets_weights_sent(args) -> bool:
+    """Whether FSDP sends this rank its part of the weights, so that it needs to load none."""
+    return bool(args.fsdp) and args.fsdp_plugin_args["cpu_ram_efficient_loading"] and not is_main()
+
+
+def empty_model(config, dtype: torch.dtype):
+    """Makes a causal language model of uninitialized weights: memory that nobody writes to is never taken.
+
+    Buffers outside the checkpoint, such as rotary frequencies, are right. (With `cpu_ram_efficient_loading`
+    transformers 5.17 to 5.23 would leave out the values of missing weights only, and load all others on all ranks.)
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model

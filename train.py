@@ -392,15 +392,18 @@ def describe_data(data: Mapping, tokenizer) -> None:
     say(f"--- record {dataset.records[0]}, prompt (not learned):\n{prompt}\n--- answer (learned):\n{answer}\n---")
 
 
-def load_model(model_args: ModelArguments, args: TrainingArguments, tokenizer):
+def load_model(model_args: ModelArguments, args: TrainingArguments, tokenizer, config):
     """Loads the weights and gives them rows for new tokens, or a LoRA adapter.
 
     Weights are float32 masters whatever the checkpoint's type is; those that LoRA freezes take the compute type.
     """
     dtype = torch.bfloat16 if (model_args.lora_r and args.bf16) or args.pure_bf16 else torch.float32
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path, cache_dir=args.cache_dir, dtype=dtype
-    )
+    if sharding.gets_weights_sent(args):
+        model = sharding.empty_model(config, dtype)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path, cache_dir=args.cache_dir, dtype=dtype
+        )
     rows = smart_tokenizer_and_embedding_resize({}, tokenizer, model)
     say(f"padding: {tokenizer.pad_token}" + (", a new token; its row is the mean of the others" if rows else ""))
     for config in (model.config, model.generation_config):
@@ -423,7 +426,7 @@ def train() -> None:
     resume = checkpoint.find_resume_point(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     tokenizer, skeleton = load_skeleton(model_args, args)
     if args.fsdp:
-        sharding.choose_wrapped_layer(args, skeleton)
+        sharding.fit_fsdp(args, skeleton)
     dropout = model_args.lora_dropout if model_args.lora_r else 0.0
     packed, shared, why_not = packing.choose(skeleton.config, args.padding_free, args.shared_prefix, dropout)
     if why_not:
@@ -435,7 +438,7 @@ def train() -> None:
     tokens = resources.tokens_per_pass(shape, args)
 
     set_seed(args.seed)
-    model = load_model(model_args, args, tokenizer)
+    model = load_model(model_args, args, tokenizer, skeleton.config)
     shapes = lora.adapter_shapes(model) if model_args.lora_r else checkpoint.tensor_shapes(skeleton)
     if is_main():
         checkpoint.clear(args.output_dir, args.overwrite_output_dir)

@@ -268,7 +268,7 @@ def _trainer(job: dict, model, examples: list[dict]):
     flags = {"max_tokens_per_pass": job["max_tokens"], **ROWS[job["row"]]}
     args = TrainingArguments(**_common(job, 4), **flags)
     if args.fsdp:
-        sharding.choose_wrapped_layer(args, model)
+        sharding.fit_fsdp(args, model)
     packed, shared, _ = packing.choose(model.config, args.padding_free, args.shared_prefix)
     collator = DataCollatorForSupervisedDataset(_Padding())
     numbered = [{**example, "record": torch.tensor(i)} for i, example in enumerate(examples)]

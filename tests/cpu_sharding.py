@@ -41,7 +41,8 @@ def prepare_gloo_backend(self, cpu=False, sagemaker_dp=False, backend=None):
 
 def run(argv: list[str]) -> None:
     plain = "--plain" in argv
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # an earlier command's
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        os.environ.pop(name, None)  # an earlier command's
     AcceleratorState.__init__ = state_init if plain else init_promoting_cpu_to_fsdp
     PartialState._prepare_backend = prepare_backend if plain else prepare_gloo_backend
     sharding.has_accelerator = lambda: not plain
