@@ -1,4 +1,4 @@
-"""train.py's command line: its flags are known, checked and explained before torch and transformers are imported.
+"""train.py's command line: flags are known and explained before torch and transformers are imported, and checked.
 
 Importing the Trainer takes seconds. So the dataclasses that define the flags are read as source, not imported.
 """
@@ -7,6 +7,7 @@ import ast
 import difflib
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 
 from utils import UserError
@@ -110,3 +111,45 @@ def _help(script: str, own: dict[str, Flag], inherited: dict[str, Flag]) -> str:
     with_defaults = " ".join(f"--{flag.name}={flag.default or 'None'}" for flag in inherited.values())
     lines += textwrap.wrap(with_defaults, 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines)
+
+
+def check_values(model_args, data_args, args) -> None:
+    """Refuses values that don't fit their flags or contradict each other.
+
+    Args:
+        model_args: train.py's ModelArguments, parsed.
+        data_args: its DataArguments.
+        args: its TrainingArguments.
+
+    Raises:
+        UserError: names the flag, what was found and what was expected.
+    """
+    if not data_args.data_path:
+        raise UserError("--data_path is missing: a JSON or JSON Lines file, or a Hub data set id")
+    if data_args.eval_data_path and data_args.eval_fraction:
+        raise UserError("--eval_data_path and --eval_fraction both name data to evaluate on; give one")
+    if not 0 <= data_args.eval_fraction < 1:
+        raise UserError(f"--eval_fraction must be at least 0 and below 1, found {data_args.eval_fraction}")
+    if args.loss_reduction not in ("micro_batch", "global"):
+        raise UserError(f"--loss_reduction must be micro_batch or global, found {args.loss_reduction!r}")
+    if args.compile_layers.lower() not in ("auto", "true", "false"):
+        raise UserError(f"--compile_layers must be auto, true or false, found {args.compile_layers!r}")
+    if args.pure_bf16 and (model_args.lora_r or args.deepspeed):
+        raise UserError("--pure_bf16 is for full fine-tuning without --deepspeed; LoRA and ZeRO-3 hold float32 masters")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "save_steps"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name} must be above 0, found {getattr(args, name)}")
+    name = model_args.model_name_or_path
+    if not os.path.isdir(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise UserError(f"--model_name_or_path {name}: no such folder; expected a model's folder or a Hub id")
+    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+        raise UserError(f"--output_dir {args.output_dir} is a file; name a folder, new or empty")
+    if args.model_max_length < 2:
+        raise UserError(f"--model_max_length must be at least 2, found {args.model_max_length}")
+    if model_args.lora_r < 0:
+        raise UserError(f"--lora_r must be 0 (train all weights) or more, found {model_args.lora_r}")
+    if args.load_best_model_at_end and not (data_args.eval_data_path or data_args.eval_fraction):
+        raise UserError("--load_best_model_at_end needs --eval_data_path or --eval_fraction to tell the best by")
+    for name in {"tensorboard", "wandb"} & set(args.report_to):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--report_to {name}: {name} is not installed here; pip install {name}")

@@ -29,6 +29,11 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
+def device_name() -> str:
+    """Names what this machine computes on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine (no GPU)"
+
+
 def _say_going_on(reason: str) -> None:
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     say(f"{reason}; going on " + ("without" if alone else "data-parallel"))

@@ -13,21 +13,17 @@ r"""Fine-tunes LLaMA or OPT on instruction data, as Stanford Alpaca did.
 
 import sys
 
-from utils import UserError
+import flags
+from utils import UserError, refuse
 
 if __name__ == "__main__" and sys.argv[1:2] != ["merge"]:
-    from flags import check_flags
-
     try:
-        check_flags(sys.argv[1:], __file__)
+        flags.check_flags(sys.argv[1:], __file__)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
 
-import importlib.util
 import os
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -76,6 +72,10 @@ __all__ = [
 ]
 
 IGNORE_INDEX = -100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
 
 
 @dataclass
@@ -160,10 +160,10 @@ class TrainingArguments(transformers.TrainingArguments):
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.bf16 and not has_bf16:
             self.bf16 = False
-            say(f"--bf16: {device_name()} has no bfloat16 arithmetic; going on in float32")
+            say(f"--bf16: {sharding.device_name()} has no bfloat16 arithmetic; going on in float32")
         if self.tf32 and not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8):
             self.tf32 = None
-            say(f"--tf32: {device_name()} has no TF32 arithmetic; going on without")
+            say(f"--tf32: {sharding.device_name()} has no TF32 arithmetic; going on without")
         if self.fsdp and self.deepspeed:
             raise UserError("--fsdp and --deepspeed both shard the model; give one")
         if self.fsdp:
@@ -173,9 +173,27 @@ class TrainingArguments(transformers.TrainingArguments):
         super().__post_init__()
 
 
-def device_name() -> str:
-    """Names what this machine computes on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine (no GPU)"
+def parse_arguments(argv: Sequence[str] | None = None):
+    """Reads the command line.
+
+    Raises:
+        UserError: a value doesn't fit its flag, or flags contradict each other.
+    """
+    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    parser.error = _refuse
+    try:
+        model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    flags.check_values(model_args, data_args, args)
+    if args.eval_strategy != "no" and not (data_args.eval_data_path or data_args.eval_fraction):
+        say(f"--eval_strategy {args.eval_strategy.value}: no --eval_data_path or --eval_fraction; not evaluating")
+        args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
+    return model_args, data_args, args
+
+
+def _refuse(message: str):
+    raise UserError(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,57 +310,6 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments, seed: int =
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
-
-
-def parse_arguments(argv: Sequence[str] | None = None):
-    """Reads the command line.
-
-    Raises:
-        UserError: a value doesn't fit its flag, or flags contradict each other.
-    """
-    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
-    parser.error = _refuse
-    try:
-        model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    if not data_args.data_path:
-        raise UserError("--data_path is missing: a JSON or JSON Lines file, or a Hub data set id")
-    if data_args.eval_data_path and data_args.eval_fraction:
-        raise UserError("--eval_data_path and --eval_fraction both name data to evaluate on; give one")
-    if not 0 <= data_args.eval_fraction < 1:
-        raise UserError(f"--eval_fraction must be at least 0 and below 1, found {data_args.eval_fraction}")
-    if args.loss_reduction not in ("micro_batch", "global"):
-        raise UserError(f"--loss_reduction must be micro_batch or global, found {args.loss_reduction!r}")
-    if args.compile_layers.lower() not in ("auto", "true", "false"):
-        raise UserError(f"--compile_layers must be auto, true or false, found {args.compile_layers!r}")
-    if args.pure_bf16 and (model_args.lora_r or args.deepspeed):
-        raise UserError("--pure_bf16 is for full fine-tuning without --deepspeed; LoRA and ZeRO-3 hold float32 masters")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "save_steps"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name} must be above 0, found {getattr(args, name)}")
-    name = model_args.model_name_or_path
-    if not os.path.isdir(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise UserError(f"--model_name_or_path {name}: no such folder; expected a model's folder or a Hub id")
-    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
-        raise UserError(f"--output_dir {args.output_dir} is a file; name a folder, new or empty")
-    if args.model_max_length < 2:
-        raise UserError(f"--model_max_length must be at least 2, found {args.model_max_length}")
-    if model_args.lora_r < 0:
-        raise UserError(f"--lora_r must be 0 (train all weights) or more, found {model_args.lora_r}")
-    for name in {"tensorboard", "wandb"} & set(args.report_to):
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"--report_to {name}: {name} is not installed here; pip install {name}")
-    if args.eval_strategy != "no" and not (data_args.eval_data_path or data_args.eval_fraction):
-        say(f"--eval_strategy {args.eval_strategy.value}: no --eval_data_path or --eval_fraction; not evaluating")
-        args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
-        if args.load_best_model_at_end:
-            raise UserError("--load_best_model_at_end needs --eval_data_path or --eval_fraction to tell the best by")
-    return model_args, data_args, args
-
-
-def _refuse(message: str):
-    raise UserError(message)
 
 
 def load_skeleton(model_args: ModelArguments, args: TrainingArguments):
@@ -469,9 +436,7 @@ def main() -> None:
     try:
         train()
     except UserError as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

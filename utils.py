@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
@@ -338,6 +339,22 @@ def say(line: str) -> None:
     """Prints a line, once for all ranks."""
     if is_main():
         print(line, flush=True)
+
+
+def refuse(error: UserError) -> None:
+    """Ends this rank with exit status 2, having said why: once for all ranks, and in torchrun's closing report.
+
+    torchrun prints a traceback of its own below any rank's failure. The last lines of that are what it finds here
+    (`torch.distributed.elastic.multiprocessing.errors`), or else a hint on how to get tracebacks.
+
+    Raises:
+        SystemExit: always.
+    """
+    if is_main():
+        print(f"error: {error}", file=sys.stderr)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        jdump({"message": {"message": f"error: {error}", "extraInfo": {"timestamp": int(time.time())}}}, report)
+    raise SystemExit(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -588,6 +588,15 @@ def test_unknown_flag_is_refused_before_anything_loads(root):
     assert not re.search(r"\| +(torch|transformers)$", done.stderr, re.M)
 
 
+def test_torchruns_report_ends_with_what_went_wrong(root):
+    done = launch(os.path.join(root, "train.py"), "--warmup_ration", "0.1")
+    assert done.returncode == 1, "torchrun's own"
+    assert done.stderr.count("\nerror: unknown flag --warmup_ration") <= 1, "not once for each rank"
+    assert re.search(
+        r"traceback : error: unknown flag --warmup_ration; did you mean --warmup_ratio\?\n=+\n$", done.stderr
+    )
+
+
 def test_known_flags_are_the_parsers(root):
     from transformers import HfArgumentParser
 
@@ -608,7 +617,7 @@ def test_earlier_run_is_not_written_over(models, data, tmp_path, monkeypatch):
 
 
 def test_reporting_to_what_is_not_installed_is_refused_before_anything_loads(models, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--report_to wandb: wandb is not installed here; pip install wandb"):
         run(monkeypatch, models["llama"], data, tmp_path / "out", "--report_to", "wandb")
     assert not (tmp_path / "out").exists()
