@@ -17,6 +17,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import sharding
 import train
@@ -41,6 +42,7 @@ def prepare_gloo_backend(self, cpu=False, sagemaker_dp=False, backend=None):
 
 def run(argv: list[str]) -> None:
     plain = "--plain" in argv
+    unset_hf_deepspeed_config()  # an earlier command's would have this one load its weights for ZeRO-3, and hang
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
         os.environ.pop(name, None)  # an earlier command's
     AcceleratorState.__init__ = state_init if plain else init_promoting_cpu_to_fsdp

@@ -228,8 +228,8 @@ def test_two_processes_train_as_one(models, data, tmp_path, monkeypatch, root):
         "opt": [*fsdp, "OPTDecoderLayer"],
         "offload": ["--fsdp", "full_shard auto_wrap offload", "--save_strategy", "steps", "--save_steps", "2"],
         "resumed": ["--fsdp", "full_shard auto_wrap offload"],
-        "lora": [*fsdp, "OPTDecoderLayer", "--lora_r", "4"],
         "zero3": ["--deepspeed", str(tmp_path / "zero3.json")],
+        "lora": [*fsdp, "OPTDecoderLayer", "--lora_r", "4"],
     }
     ways["resumed"] += ["--resume_from_checkpoint", str(tmp_path / "offload" / "checkpoint-2")]
     kinds = {name: models["opt" if name == "opt" else "llama"] for name in ways}
