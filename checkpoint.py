@@ -6,15 +6,44 @@ import math
 import os
 import shutil
 import signal
+import zipfile
 from collections.abc import Callable, Iterator
 
-from utils import UserError
+from utils import UserError, jload
 
 STAGING = ".saving"  # a checkpoint is written here and renamed once all ranks have written all of it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before training
+
+
+def load_model(name_or_path: str, dtype, cache_dir: str | None = None):
+    """Loads a causal language model, all of it: transformers would make up the weights that its files lack.
+
+    Args:
+        name_or_path: a folder or a Hub id.
+        dtype: of the weights in memory.
+        cache_dir: where downloads go.
+
+    Raises:
+        UserError: files are missing or broken, or a tensor is, or has another shape than the config says.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name_or_path, cache_dir=cache_dir, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot load {name_or_path}: {' '.join(str(error).split())}") from error
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise UserError(f"{name_or_path}: {name} has shape {tuple(found)}, its config.json says {tuple(expected)}")
+    if missing := sorted(set(info["missing_keys"]) - set(model.all_tied_weights_keys)):
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(f"{name_or_path} lacks {len(missing)} tensor(s) that its config.json asks for: {names}")
+    return model
 
 
 def find_resume_point(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
@@ -37,6 +66,7 @@ def find_resume_point(output_dir: str, resume: str | None, overwrite: bool) -> s
             last = last_checkpoint(output_dir)
             hint = f"the last whole one is {last}" if last else f"{output_dir} holds none"
             raise UserError(f"--resume_from_checkpoint {resume}: no checkpoint of a run there; {hint}")
+        check_whole(resume)
         return resume
     last = last_checkpoint(output_dir)
     if resume and resume.lower() in ("true", "yes", "1"):
@@ -44,6 +74,7 @@ def find_resume_point(output_dir: str, resume: str | None, overwrite: bool) -> s
             raise UserError(
                 f"--resume_from_checkpoint: {output_dir} holds no whole checkpoint; leave the flag away to start afresh"
             )
+        check_whole(last)
         return last
     found = last or next(iter(glob.glob(os.path.join(output_dir, "*.safetensors"))), None)
     if found and not overwrite:
@@ -52,6 +83,33 @@ def find_resume_point(output_dir: str, resume: str | None, overwrite: bool) -> s
             "True, replace it with --overwrite_output_dir, or name another --output_dir"
         )
     return None
+
+
+def check_whole(folder: str) -> None:
+    """Checks that a checkpoint's files are all of their length, and that there is an optimizer's state among them.
+
+    Raises:
+        UserError: a run cannot go on from there exactly; names the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    jload(os.path.join(folder, "trainer_state.json"))
+    paths = [path for path in glob.glob(os.path.join(folder, "**"), recursive=True) if os.path.isfile(path)]
+    hint = "continue from an earlier one: --resume_from_checkpoint FOLDER"
+    for path in paths:
+        whole = not path.endswith((".pt", ".pth", ".bin")) or zipfile.is_zipfile(path)  # torch.save writes zips
+        if path.endswith(".safetensors"):
+            try:
+                safe_open(path, "pt").__exit__(None, None, None)
+            except SafetensorError:
+                whole = False
+        if not whole:
+            raise UserError(f"{path} is broken or cut off; {hint}")
+    if not any("optim" in os.path.basename(path) for path in paths):
+        raise UserError(
+            f"{folder} holds no optimizer state (--save_only_model saves none) to continue with exactly; {hint}, or "
+            f"start anew with --model_name_or_path {folder}"
+        )
 
 
 def last_checkpoint(output_dir: str) -> str | None:
@@ -239,4 +297,4 @@ def saves_kept(total_steps: int, strategy: str, save_steps: float, epochs: float
         return 0
     every = save_steps if save_steps >= 1 else max(1, math.ceil(total_steps * save_steps))
     made = math.ceil(epochs) if strategy == "epoch" else math.ceil(total_steps / every)
-    return min(made, limit + 1) if limit else made
+    return min(made, limit + 1) if limit and limit > 0 else made  # the Trainer keeps all at 0 and below

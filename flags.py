@@ -136,20 +136,57 @@ def check_values(model_args, data_args, args) -> None:
         raise UserError(f"--compile_layers must be auto, true or false, found {args.compile_layers!r}")
     if args.pure_bf16 and (model_args.lora_r or args.deepspeed):
         raise UserError("--pure_bf16 is for full fine-tuning without --deepspeed; LoRA and ZeRO-3 hold float32 masters")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "save_steps"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name} must be above 0, found {getattr(args, name)}")
+    positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for name in (*positive, "num_train_epochs", "save_steps", "lora_alpha"):
+        if (value := getattr(model_args if name == "lora_alpha" else args, name)) <= 0:
+            raise UserError(f"--{name} must be above 0, found {value}")
+    for name in ("learning_rate", "seed"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} must be at least 0, found {getattr(args, name)}")
+    if not 0 <= (args.warmup_ratio or 0) < 1:
+        raise UserError(f"--warmup_ratio must be at least 0 and below 1, found {args.warmup_ratio}")
+    if not 0 <= model_args.lora_dropout < 1:
+        raise UserError(f"--lora_dropout must be at least 0 and below 1, found {model_args.lora_dropout}")
+    if args.remove_unused_columns:
+        raise UserError("--remove_unused_columns True would drop the records' numbers, which errors are reported by")
+    if args.label_smoothing_factor and args.padding_free.lower() != "false":
+        raise UserError("--label_smoothing_factor needs --padding_free false")
     name = model_args.model_name_or_path
     if not os.path.isdir(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise UserError(f"--model_name_or_path {name}: no such folder; expected a model's folder or a Hub id")
-    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
-        raise UserError(f"--output_dir {args.output_dir} is a file; name a folder, new or empty")
+    folder = os.path.abspath(args.output_dir)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f"--output_dir {args.output_dir}: {folder} is a file; name a folder, new or empty")
     if args.model_max_length < 2:
         raise UserError(f"--model_max_length must be at least 2, found {args.model_max_length}")
     if model_args.lora_r < 0:
         raise UserError(f"--lora_r must be 0 (train all weights) or more, found {model_args.lora_r}")
-    if args.load_best_model_at_end and not (data_args.eval_data_path or data_args.eval_fraction):
-        raise UserError("--load_best_model_at_end needs --eval_data_path or --eval_fraction to tell the best by")
-    for name in {"tensorboard", "wandb"} & set(args.report_to):
+    needs_best = args.load_best_model_at_end or args.save_strategy == "best"
+    if needs_best and not (data_args.eval_data_path or data_args.eval_fraction):
+        flag = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy best"
+        raise UserError(f"--{flag} needs --eval_data_path or --eval_fraction to tell the best by")
+    if needs_best and not args.metric_for_best_model:
+        raise UserError("--save_strategy best needs --metric_for_best_model, such as loss")
+    _check_packages(model_args, args)
+
+
+def _check_packages(model_args, args) -> None:
+    """Refuses what needs a package that is not installed."""
+    from transformers.integrations import integration_utils
+
+    try:
+        integration_utils.get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise UserError(f"--report_to {error}") from error
+    needed = {name: f"--report_to {name}" for name in ("tensorboard", "wandb") if name in args.report_to}
+    if model_args.lora_r:
+        needed["peft"] = f"--lora_r {model_args.lora_r}"
+    if re.search(r"\dbit", args.optim):
+        needed["torchao" if "torch" in args.optim else "bitsandbytes"] = f"--optim {args.optim.value}"
+    if args.use_liger_kernel:
+        needed["liger_kernel"] = "--use_liger_kernel True"
+    for name, flag in needed.items():
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--report_to {name}: {name} is not installed here; pip install {name}")
+            raise UserError(f"{flag}: {name} is not installed here; pip install {name.replace('_', '-')}")

@@ -20,11 +20,15 @@ def add_adapter(model, r: int, alpha: float, dropout: float, target_modules: str
     """
     import peft
 
+    targets = [name.strip() for name in target_modules.split(",")] if target_modules else []
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+            raise UserError(f"--lora_target_modules {target_modules}: the model has no {target!r}")
     config = peft.LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=target_modules.split(",") if target_modules else "all-linear",
+        target_modules=targets or "all-linear",
         task_type="CAUSAL_LM",
     )
     try:
@@ -59,7 +63,7 @@ def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> N
     import torch
     import transformers
 
-    from checkpoint import tensor_shapes, verify
+    from checkpoint import load_model, tensor_shapes, verify
 
     settings = os.path.join(adapter_dir, "adapter_config.json")
     if not os.path.isfile(settings):
@@ -68,9 +72,9 @@ def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> N
         raise UserError(f"{output_dir} is not empty; name a new folder")
     base = base_model or jload(settings)["base_model_name_or_path"]
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    except OSError as error:
-        raise UserError(f"cannot load the adapter's model {base}; name it with --base_model") from error
+        model = load_model(base, torch.float32)
+    except UserError as error:
+        raise UserError(f"{error}; name the adapter's model with --base_model") from error
     merged = peft.PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
     merged.save_pretrained(output_dir)
     transformers.AutoTokenizer.from_pretrained(adapter_dir).save_pretrained(output_dir)

@@ -1,4 +1,4 @@
-"""How a run is sharded: FSDP2 and DeepSpeed's ZeRO-3, asked for in the words of 2023."""
+"""What a run computes on, and how it is sharded: FSDP2 and DeepSpeed's ZeRO-3, asked for in the words of 2023."""
 
 import importlib.util
 import os
@@ -34,6 +34,29 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine (no GPU)"
 
 
+def fit_machine(args) -> None:
+    """Asks for no more arithmetic than the machine has, and says what that leaves out.
+
+    Raises:
+        UserError: two 16-bit types are asked for.
+    """
+    if not has_accelerator():
+        args.use_cpu = True
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, warns at its import
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.bf16 and args.fp16:
+        raise UserError("--bf16 and --fp16 are two types to compute in; give one")
+    if args.bf16 and not has_bf16:
+        args.bf16 = False
+        say(f"--bf16: {device_name()} has no bfloat16 arithmetic; going on in float32")
+    if args.fp16 and not has_accelerator():
+        args.fp16 = False
+        say(f"--fp16: {device_name()} has no float16 arithmetic; going on in float32")
+    if args.tf32 and not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8):
+        args.tf32 = None
+        say(f"--tf32: {device_name()} has no TF32 arithmetic; going on without")
+
+
 def _say_going_on(reason: str) -> None:
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     say(f"{reason}; going on " + ("without" if alone else "data-parallel"))
@@ -60,13 +83,13 @@ def read_fsdp(args) -> None:
 
 def read_deepspeed(args) -> None:
     """Reads DeepSpeed's config and mends what lost models and learning rates in 2023."""
+    config = jload(args.deepspeed) if isinstance(args.deepspeed, str) else args.deepspeed
     if not can_shard():
         _say_going_on("--deepspeed: accelerate starts it only on GPUs")
         args.deepspeed = None
         return
     if not importlib.util.find_spec("deepspeed"):
         raise UserError("--deepspeed: not installed; pip install deepspeed, or use --fsdp")
-    config = jload(args.deepspeed) if isinstance(args.deepspeed, str) else args.deepspeed
     if scheduler := config.pop("scheduler", None):
         say(f"--deepspeed: its {scheduler['type']} gives way to --lr_scheduler_type {args.lr_scheduler_type}")
     zero = config.get("zero_optimization", {})

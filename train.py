@@ -22,7 +22,6 @@ if __name__ == "__main__" and sys.argv[1:2] != ["merge"]:
     except UserError as error:
         refuse(error)
 
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,16 +153,7 @@ class TrainingArguments(transformers.TrainingArguments):
             self.warmup_steps = self.warmup_ratio
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
-        if not sharding.has_accelerator():
-            self.use_cpu = True
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, warns at its import
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        if self.bf16 and not has_bf16:
-            self.bf16 = False
-            say(f"--bf16: {sharding.device_name()} has no bfloat16 arithmetic; going on in float32")
-        if self.tf32 and not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8):
-            self.tf32 = None
-            say(f"--tf32: {sharding.device_name()} has no TF32 arithmetic; going on without")
+        sharding.fit_machine(self)
         if self.fsdp and self.deepspeed:
             raise UserError("--fsdp and --deepspeed both shard the model; give one")
         if self.fsdp:
@@ -186,9 +176,10 @@ def parse_arguments(argv: Sequence[str] | None = None):
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from error
     flags.check_values(model_args, data_args, args)
-    if args.eval_strategy != "no" and not (data_args.eval_data_path or data_args.eval_fraction):
+    asked = args.eval_strategy != "no" or args.eval_on_start
+    if asked and not (data_args.eval_data_path or data_args.eval_fraction):
         say(f"--eval_strategy {args.eval_strategy.value}: no --eval_data_path or --eval_fraction; not evaluating")
-        args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
+        args.eval_strategy, args.do_eval, args.eval_on_start = IntervalStrategy.NO, False, False
     return model_args, data_args, args
 
 
@@ -325,7 +316,7 @@ def load_skeleton(model_args: ModelArguments, args: TrainingArguments):
         config = transformers.AutoConfig.from_pretrained(model_args.model_name_or_path, cache_dir=args.cache_dir)
         model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {model_args.model_name_or_path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load {model_args.model_name_or_path}: {' '.join(str(error).split())}") from error
     except KeyError:
         raise UserError(f"{model_args.model_name_or_path} is a {config.model_type}, no causal language model") from None
     if getattr(config, "alpaca_weight_diff", False):
@@ -368,9 +359,7 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, tokenizer, c
     if sharding.gets_weights_sent(args):
         model = sharding.empty_model(config, dtype)
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            model_args.model_name_or_path, cache_dir=args.cache_dir, dtype=dtype
-        )
+        model = checkpoint.load_model(model_args.model_name_or_path, dtype, args.cache_dir)
     rows = smart_tokenizer_and_embedding_resize({}, tokenizer, model)
     say(f"padding: {tokenizer.pad_token}" + (", a new token; its row is the mean of the others" if rows else ""))
     for config in (model.config, model.generation_config):

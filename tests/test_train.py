@@ -366,6 +366,22 @@ def test_run_killed_in_a_save_continues_exactly(models, data, tmp_path, monkeypa
     assert not os.path.exists(out / checkpoint.STAGING)
 
 
+def test_checkpoint_that_is_not_whole_is_not_continued_from(models, data, tmp_path, monkeypatch):
+    out, saving = tmp_path / "out", ("--save_strategy", "steps", "--save_steps", "2")
+    run(monkeypatch, models["llama"], data, out, *saving)
+    whole = out / "checkpoint-4"
+    checkpoint.check_whole(str(whole))
+    for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
+        cut = tmp_path / f"cut-{name}"
+        shutil.copytree(whole, cut)
+        os.truncate(cut / name, os.path.getsize(cut / name) - 9)
+        with pytest.raises(UserError, match=re.escape(name)):
+            run(monkeypatch, models["llama"], data, tmp_path / "new", "--resume_from_checkpoint", cut)
+    os.remove(whole / "optimizer.pt")
+    with pytest.raises(UserError, match="checkpoint-4 holds no optimizer state"):
+        run(monkeypatch, models["llama"], data, out, "--resume_from_checkpoint", "True")
+
+
 def test_sigterm_saves_and_says_how_to_continue(models, data, tmp_path, monkeypatch, root):
     out = tmp_path / "out"
     process = start(arguments(models["llama"], data, out, "--max_steps", "500"), root)
@@ -549,6 +565,16 @@ def test_wrong_record_is_named(models, data, tmp_path, monkeypatch, broken, word
         (["--model_name_or_path", "no/such-model"], "cannot load no/such-model"),
         (["--model_name_or_path", "../no/such"], "--model_name_or_path ../no/such: no such folder"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be above 0, found 0"),
+        (["--learning_rate", "-1"], "--learning_rate must be at least 0, found -1.0"),
+        (["--warmup_ratio", "2"], "--warmup_ratio must be at least 0 and below 1, found 2.0"),
+        (["--lora_r", "4", "--lora_dropout", "1.5"], "--lora_dropout must be at least 0 and below 1, found 1.5"),
+        (["--bf16", "True", "--fp16", "True"], "--bf16 and --fp16 are two types to compute in; give one"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor needs --padding_free false"),
+        (["--remove_unused_columns", "True"], "--remove_unused_columns True would drop the records' numbers"),
+        (["--save_strategy", "best"], "--save_strategy best needs --eval_data_path or --eval_fraction"),
+        (["--report_to", "paper"], "--report_to paper is not supported"),
+        (["--output_dir", __file__ + "/out"], "test_train.py is a file; name a folder"),
+        (["--deepspeed", "no/such.json"], "cannot read no/such.json"),
     ],
 )
 def test_wrong_flag_is_refused_in_one_line(models, data, tmp_path, monkeypatch, flags, words):
@@ -616,16 +642,62 @@ def test_earlier_run_is_not_written_over(models, data, tmp_path, monkeypatch):
         run(monkeypatch, models["llama"], data, out)
 
 
-def test_reporting_to_what_is_not_installed_is_refused_before_anything_loads(models, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "package"),
+    [
+        (("--report_to", "wandb"), "wandb"),
+        (("--report_to", "tensorboard"), "tensorboard"),
+        (("--optim", "adamw_bnb_8bit"), "bitsandbytes"),
+        (("--optim", "adamw_torch_8bit"), "torchao"),
+        (("--lora_r", "4"), "peft"),
+    ],
+)
+def test_what_is_not_installed_is_refused_before_anything_loads(models, data, tmp_path, monkeypatch, flags, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--report_to wandb: wandb is not installed here; pip install wandb"):
-        run(monkeypatch, models["llama"], data, tmp_path / "out", "--report_to", "wandb")
+    with pytest.raises(UserError, match=f"^{' '.join(flags)}: {package} is not installed here; pip install {package}$"):
+        run(monkeypatch, models["llama"], data, tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
 
+def test_model_whose_files_are_not_whole_is_refused(models, tmp_path):
+    def broken(name: str, config=None) -> str:
+        model = AutoModelForCausalLM.from_pretrained(models["llama"])
+        model.save_pretrained(tmp_path / name, max_shard_size="200KB")
+        settings = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps({**settings, **(config or {})}))
+        return str(tmp_path / name)
+
+    os.remove(os.path.join(broken("missing"), "model-00002-of-00004.safetensors"))
+    os.truncate(os.path.join(broken("cut"), "model-00002-of-00004.safetensors"), 5000)
+    broken("deeper", {"num_hidden_layers": 3})
+    broken("wider", {"vocab_size": 800})
+    for name, words in (
+        ("missing", r"cannot load .*missing: No such file or directory: .*model-00002-of-00004"),
+        ("cut", "cannot load .*cut: Error while deserializing header"),
+        ("deeper", r"deeper lacks 9 tensor\(s\) that its config.json asks for: model.layers.2.input_layernorm.weight"),
+        ("wider", r"lm_head.weight has shape \(700, 64\), its config.json says \(800, 64\)"),
+    ):
+        with pytest.raises(UserError, match=words):
+            checkpoint.load_model(str(tmp_path / name), torch.float32)
+    assert checkpoint.load_model(models["opt"], torch.float32), "a tied output layer lacks nothing"
+
+
+def test_lora_targets_are_all_found(models):
+    model = AutoModelForCausalLM.from_pretrained(models["llama"])
+    assert lora.target_names(lora.add_adapter(model, 2, 4, 0.0, "q_proj, v_proj")) == ["q_proj", "v_proj"]
+    with pytest.raises(UserError, match="--lora_target_modules q_proj,u_proj: the model has no 'u_proj'"):
+        lora.add_adapter(AutoModelForCausalLM.from_pretrained(models["llama"]), 2, 4, 0.0, "q_proj,u_proj")
+
+
 def test_evaluation_without_data_is_said_and_left_out(models, data, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, models["llama"], data, tmp_path / "none", "--evaluation_strategy", "steps", "--eval_steps", "2")
-    assert "no --eval_data_path or --eval_fraction; not evaluating" in capsys.readouterr().out
+    more = ("--evaluation_strategy", "steps", "--eval_steps", "2", "--eval_on_start", "True", "--fp16", "True")
+    run(monkeypatch, models["llama"], data, tmp_path / "none", *more)
+    printed = capsys.readouterr().out
+    assert "no --eval_data_path or --eval_fraction; not evaluating" in printed
+    assert (
+        torch.accelerator.is_available()
+        or "--fp16: this machine (no GPU) has no float16 arithmetic; going on in float32" in printed
+    )
     more = ("--eval_strategy", "epoch", "--eval_fraction", "0.25")
     run(monkeypatch, models["llama"], data, tmp_path / "some", *more)
     assert "data: 24 examples, 8 to evaluate on" in capsys.readouterr().out
