@@ -81,7 +81,7 @@ def write_manifest(folder: str, manifest: dict[str, Any], output: Output) -> Non
     weights = {os.path.basename(path).removesuffix(".part"): header for path, header in output.headers.items()}
     others = [n for n in os.listdir(folder) if n.endswith(_SMALL_FILES) or n == CORRECTIONS]
     manifest = {
-        "format_version": 1,
+        "format_version": 2,
         **manifest,
         "versions": {"python": sys.version.split()[0], "numpy": np.__version__},
         "headers": {name: hashlib.sha256(header).hexdigest() for name, header in sorted(weights.items())},
@@ -108,8 +108,8 @@ def read_manifest(folder: str) -> dict[str, Any] | None:
     manifest = jload(path)
     if not isinstance(manifest, dict) or manifest.get("manifest_sha256") != _manifest_sha256(manifest):
         raise UserError(f"{path} is damaged: its sha256 doesn't match its contents; download it again")
-    if manifest["format_version"] != 1:
-        raise UserError(f"{path} has format {manifest['format_version']}; this script reads 1: take a newer one")
+    if manifest["format_version"] != 2:
+        raise UserError(f"{path} has format {manifest['format_version']}; this script reads 2")
     return manifest
 
 

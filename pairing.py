@@ -111,9 +111,9 @@ def is_subtracted_twice(diff: Checkpoint, pairs: Pairs) -> bool:
     return times < -0.5 and is_tied(read_config(diff.folder))
 
 
-def mean_rows(pairs: Pairs) -> dict[str, np.ndarray]:
-    """What an added row of the base is, for each tensor that has some: float32 [hidden size]."""
-    return {name: mean_row(base) for name, (base, other) in pairs.items() if base.shape != other.shape}
+def added_row(base: Tensor, other: Tensor) -> np.ndarray | None:
+    """What a row is that `other` has more than the base: float32 [hidden size], None where it has no more."""
+    return mean_row(base) if base.shape != other.shape else None
 
 
 def tied_copies(tuned: Checkpoint) -> dict[str, str]:

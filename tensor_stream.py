@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -27,12 +27,55 @@ _HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32
 BITS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 
 
-class Source:
-    """Reads one tensor front to back in windows, and hashes what it reads."""
+class Digest(Protocol):
+    """A hash in the making: hashlib's, or a `Checksum`."""
 
-    def __init__(self, tensor: Tensor, window: int = WINDOW):
+    def update(self, window: np.ndarray, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+class Checksum:
+    """The sum of a tensor's bytes as little-endian 64-bit words, mod 2**64, the last word filled up with zeros.
+
+    It costs a tenth of a sha256 and sees any flipped bit. `recover` takes it of what goes in, and sha256 of what comes
+    out: so the output is verified in full, and the checksums tell which input is at fault, also where rounding hides
+    the flipped bit.
+    """
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, window: np.ndarray) -> None:
+        """Adds a window; all but the last are a multiple of 8 bytes long."""
+        data = window.view(np.uint8)
+        whole = len(data) - len(data) % 8
+        words = int(np.add.reduce(data[:whole].view("<u8"))) + int.from_bytes(data[whole:].tobytes(), "little")
+        self._value = (self._value + words) % (1 << 64)
+
+    def hexdigest(self) -> str:
+        return f"{self._value:016x}"
+
+
+class Sha256AndChecksum:
+    """What a manifest says of a tensor that `recover` reads."""
+
+    def __init__(self) -> None:
+        self._digests = {"sha256": hashlib.sha256(), "checksum": Checksum()}
+
+    def update(self, window: np.ndarray) -> None:
+        for digest in self._digests.values():
+            digest.update(window)
+
+    def entry(self) -> dict[str, str]:
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+
+
+class Source:
+    """Reads one tensor front to back in windows, and gives `digest` what it reads."""
+
+    def __init__(self, tensor: Tensor, window: int = WINDOW, digest: Digest | None = None):
         self.tensor = tensor
-        self.sha256 = hashlib.sha256()
+        self.digest = digest
         self._descriptor = os.open(tensor.path, os.O_RDONLY)
         self._buffer = memoryview(bytearray(window * STORED[tensor.dtype].itemsize))
 
@@ -45,11 +88,12 @@ class Source:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Elements [start, stop) as stored, in a buffer that the next call overwrites."""
         window = self.peek(start, stop)
-        self.sha256.update(window)
+        if self.digest:
+            self.digest.update(window)
         return window
 
     def peek(self, start: int, stop: int) -> np.ndarray:
-        """As `read`, unhashed, from anywhere in the tensor."""
+        """As `read`, from anywhere in the tensor, without the digest."""
         dtype = STORED[self.tensor.dtype]
         window = self._buffer[: (stop - start) * dtype.itemsize]
         position, filled = self.tensor.offset + start * dtype.itemsize, 0
@@ -62,10 +106,10 @@ class Source:
 
 
 class Sink:
-    """Writes one tensor front to back; with `sha256`, hashes what it writes."""
+    """Writes one tensor front to back, and gives `digest` what it writes."""
 
-    def __init__(self, tensor: Tensor, sha256: bool = False):
-        self.sha256 = hashlib.sha256() if sha256 else None
+    def __init__(self, tensor: Tensor, digest: Digest | None = None):
+        self.digest = digest
         self._descriptor = os.open(tensor.path, os.O_WRONLY)
         self._position = tensor.offset
 
@@ -76,8 +120,8 @@ class Sink:
         os.close(self._descriptor)
 
     def write(self, window: np.ndarray) -> None:
-        if self.sha256:
-            self.sha256.update(window)
+        if self.digest:
+            self.digest.update(window)
         view = memoryview(window).cast("B")
         while len(view):
             count = os.pwrite(self._descriptor, view, self._position)
@@ -185,23 +229,6 @@ def converted(stored: np.ndarray, dtype: str, to: str) -> np.ndarray:
     return out if np.array_equal(back.view(np.uint32), values.view(np.uint32)) else stored
 
 
-class Checksum:
-    """The sum of a tensor's bytes as little-endian 64-bit words, mod 2**64, the last word filled up with zeros.
-
-    It costs a tenth of a sha256 and sees any flipped bit: enough for a sum of two tensors that are verified by sha256.
-    """
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def update(self, window: np.ndarray) -> None:
-        """Adds a window; all but the last are a multiple of 8 bytes long."""
-        data = window.view(np.uint8)
-        whole = len(data) - len(data) % 8
-        words = int(np.add.reduce(data[:whole].view("<u8"))) + int.from_bytes(data[whole:].tobytes(), "little")
-        self.value = (self.value + words) % (1 << 64)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # raw + diff = tuned
 
@@ -212,21 +239,17 @@ class Base:
     Args:
         source: the raw tensor.
         mean: float32 [hidden size], given when the other side has more rows.
-        hash_dtype: the type in which to hash the tensor: the same weights may come as float16 or as float32.
+        digest_dtype: the type in which the source's digest sees the tensor: the same weights may come as float16 or
+            as float32.
     """
 
-    def __init__(self, source: Source, mean: np.ndarray | None = None, hash_dtype: str | None = None):
+    def __init__(self, source: Source, mean: np.ndarray | None = None, digest_dtype: str | None = None):
         self._source = source
         self._mean = mean
-        self._hash_dtype = hash_dtype or source.tensor.dtype
-        self._same = self._hash_dtype == source.tensor.dtype
-        self._sha256 = source.sha256 if self._same else hashlib.sha256()
+        self._digest_dtype = digest_dtype or source.tensor.dtype
+        self._same = self._digest_dtype == source.tensor.dtype
         self._out = np.empty(WINDOW, np.float32)
         self.nbytes = 0
-
-    def hexdigest(self) -> str:
-        """The sha256 of the raw tensor in `hash_dtype`."""
-        return self._sha256.hexdigest()
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Elements [start, stop) as float32, in a buffer that the next call overwrites."""
@@ -238,7 +261,7 @@ class Base:
             self.nbytes += window.nbytes
             values = as_float32(window, tensor.dtype, self._out[:own])
             if not self._same:
-                self._sha256.update(converted(window, tensor.dtype, self._hash_dtype))
+                self._source.digest.update(converted(window, tensor.dtype, self._digest_dtype))
         if own < n:
             self._out[:own] = values[:own]
             columns = np.arange(start + own, stop) - tensor.numel
@@ -247,13 +270,9 @@ class Base:
         return values
 
 
-def subtract(base: Base, tuned: Source, sink: Sink, corrections: "CorrectionWriter", progress: Progress) -> int:
-    """Writes tuned - raw, and a correction for each element that raw + diff doesn't give back to the bit.
-
-    Returns:
-        The checksum of the tuned tensor.
-    """
-    dtype, checksum = tuned.tensor.dtype, Checksum()
+def subtract(base: Base, tuned: Source, sink: Sink, corrections: "CorrectionWriter", progress: Progress) -> None:
+    """Writes tuned - raw, and a correction for each element that raw + diff doesn't give back to the bit."""
+    dtype = tuned.tensor.dtype
     a, b, c = np.empty((3, WINDOW), np.float32)
     stored, scratch = np.empty(WINDOW, STORED[dtype]), np.empty(WINDOW, np.uint32)
     with np.errstate(all="ignore"):
@@ -261,7 +280,6 @@ def subtract(base: Base, tuned: Source, sink: Sink, corrections: "CorrectionWrit
             n, before = stop - start, base.nbytes
             raw = base.read(start, stop)
             wanted = tuned.read(start, stop)
-            checksum.update(wanted)
             values = as_float32(wanted, dtype, a[:n])
             diff = from_float32(np.subtract(values, raw, out=b[:n]), dtype, stored[:n], scratch[:n])
             sink.write(diff)
@@ -272,7 +290,6 @@ def subtract(base: Base, tuned: Source, sink: Sink, corrections: "CorrectionWrit
                 corrections.add(wrong + start, wanted[wrong])
             progress.add(base.nbytes - before + wanted.nbytes)
     corrections.flush()
-    return checksum.value
 
 
 def add(
@@ -283,24 +300,24 @@ def add(
     dtypes: tuple[str, str],
     progress: Progress,
     times: int = 1,
-) -> tuple[int, float]:
+) -> tuple[str, float]:
     """Writes raw + diff with its corrections.
 
     Args:
         base: the raw tensor.
         diff: the diff's tensor.
-        sink: takes what is written.
+        sink: takes what is written, with a sha256 as its digest.
         corrections: of this tensor.
         dtypes: the type in which the model was tuned, and the one to write.
         progress: counts the bytes read.
         times: how often raw is added.
 
     Returns:
-        The checksum of the sum in the type in which the model was tuned; and, of a diff without corrections, the
-        total of its elements in float64.
+        The sha256 of the sum in the type in which the model was tuned; and, of a diff without corrections, the total
+        of its elements in float64.
     """
     dtype, out_dtype = dtypes
-    checksum, total = Checksum(), 0.0
+    sha256, total = sink.digest if dtype == out_dtype else hashlib.sha256(), 0.0
     a, b = np.empty((2, WINDOW), np.float32)
     scratch = np.empty(WINDOW, np.uint32)
     stored, out = np.empty(WINDOW, STORED[dtype]), np.empty(WINDOW, STORED[out_dtype])
@@ -316,22 +333,22 @@ def add(
                 total += float(np.add.reduce(values, dtype=np.float64))
             tuned = from_float32(values, dtype, stored[:n], scratch[:n])
             corrections.apply(start, stop, tuned)
-            checksum.update(tuned)
             if dtype != out_dtype:
+                sha256.update(tuned)
                 tuned = from_float32(as_float32(tuned, dtype, a[:n]), out_dtype, out[:n], scratch[:n])
             sink.write(tuned)
             progress.add(base.nbytes - before + window.nbytes)
-    return checksum.value, total
+    return sha256.hexdigest(), total
 
 
 def sha256_of(tensor: Tensor, dtype: str, progress: Progress) -> str:
     """The hash of a tensor in a type that can hold it."""
-    with Source(tensor) as source:
-        base = Base(source, hash_dtype=dtype)
+    with Source(tensor, digest=hashlib.sha256()) as source:
+        base = Base(source, digest_dtype=dtype)
         for start, stop in windows(tensor.numel):
             base.read(start, stop)
             progress.add((stop - start) * STORED[tensor.dtype].itemsize)
-        return base.hexdigest()
+        return source.digest.hexdigest()
 
 
 def copy_tensor(source: Tensor, target: Tensor) -> None:

@@ -11,6 +11,7 @@ A diff is tuned - raw in the tuned model's types and files, and beside it `corre
 raw + diff doesn't give back to the bit, and `weight_diff.json`, the sha256 of every tensor of raw, diff and tuned.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -38,10 +39,10 @@ from diff_manifest import (
 )
 from pairing import (
     Pairs,
+    added_row,
     check_base,
     is_subtracted_twice,
     match_tensors,
-    mean_rows,
     pair_sizes,
     read_diff,
     read_model,
@@ -50,7 +51,9 @@ from pairing import (
 from partial_folder import SPOOL, SUFFIX, PartialFolder, run_with_bar
 from tensor_stream import (
     Base,
+    Checksum,
     Progress,
+    Sha256AndChecksum,
     Sink,
     Source,
     add,
@@ -95,20 +98,24 @@ def make_diff(
         output = plan_output(work.folder, specs, layout, tuned.metadata, SUFFIX)
         done = work.begin(output, {"make_diff": [raw.identity(), tuned.identity()]})
         spool = CorrectionSpool(os.path.join(work.folder, SPOOL))
-        means = mean_rows(pairs)
 
         def job(name: str) -> None:
             base, other = pairs[name]
             corrections = CorrectionWriter(spool)
-            with Source(base) as r, Source(other) as t, Sink(output.tensors[name], sha256=True) as d:
-                checksum = subtract(Base(r, means.get(name)), t, d, corrections, work.progress)
-                entry = {
-                    "shape": other.shape,
-                    "raw": {"dtype": base.dtype, "shape": base.shape, "sha256": r.sha256.hexdigest()},
-                    "diff": {"dtype": other.dtype, "sha256": d.sha256.hexdigest()},
-                    "tuned": {"dtype": other.dtype, "sha256": t.sha256.hexdigest(), "checksum": checksum},
-                    "corrections": sum(count for _, count in corrections.chunks),
-                }
+            raw_digest, diff_digest, tuned_digest = Sha256AndChecksum(), Sha256AndChecksum(), hashlib.sha256()
+            with (
+                Source(base, digest=raw_digest) as r,
+                Source(other, digest=tuned_digest) as t,
+                Sink(output.tensors[name], diff_digest) as d,
+            ):
+                subtract(Base(r, added_row(base, other)), t, d, corrections, work.progress)
+            entry = {
+                "shape": other.shape,
+                "raw": {"dtype": base.dtype, "shape": base.shape, **raw_digest.entry()},
+                "diff": {"dtype": other.dtype, **diff_digest.entry()},
+                "tuned": {"dtype": other.dtype, "sha256": tuned_digest.hexdigest()},
+                "corrections": sum(count for _, count in corrections.chunks),
+            }
             entry["raw"]["probe"] = probe(base, base.dtype)
             work.finish(name, {"entry": entry, "chunks": corrections.chunks})
 
@@ -232,7 +239,6 @@ class _Addition:
         self._pairs, self._output, self._work = pairs, output, work
         self._entries = manifest["tensors"] if manifest else {}
         self._corrections = read_corrections(os.path.join(diff.folder, CORRECTIONS)) if manifest else None
-        self._means = mean_rows(pairs)
         self._twice = twice
 
     def __call__(self, name: str) -> None:
@@ -241,18 +247,23 @@ class _Addition:
         entry = self._entries.get(name)
         dtypes = (entry["tuned"]["dtype"] if entry else target.dtype, target.dtype)
         corrections = CorrectionReader(self._corrections, name)
-        # Of a sum that is the tuned model's as the manifest has it, the sha256 is known.
-        known = entry is not None and entry["tuned"]["dtype"] == target.dtype
-        with Source(base) as r, Source(diff) as d, Sink(target, sha256=not known) as t:
-            side = Base(r, self._means.get(name), entry["raw"]["dtype"] if entry else None)
+        sha256 = hashlib.sha256()
+        with (
+            Source(base, digest=Checksum()) as r,
+            Source(diff, digest=Checksum()) as d,
+            Sink(target, sha256) as t,
+        ):
+            side = Base(r, added_row(base, diff), entry["raw"]["dtype"] if entry else None)
             times = 2 if name == self._twice else 1
-            checksum, total = add(side, d, t, corrections, dtypes, self._work.progress, times)
+            tuned_sha256, total = add(side, d, t, corrections, dtypes, self._work.progress, times)
         if entry:
-            _expect(side.hexdigest() == entry["raw"]["sha256"], base, "it is damaged, or of another base")
-            _expect(d.sha256.hexdigest() == entry["diff"]["sha256"], diff, "it is damaged; download it again")
-            _expect(checksum == entry["tuned"]["checksum"], target, "the sum of verified files: the memory is at fault")
-        sha256 = entry["tuned"]["sha256"] if known else t.sha256.hexdigest()
-        found = {"shape": target.shape, "tuned": {"dtype": target.dtype, "sha256": sha256}}
+            raw_checksum, diff_checksum = r.digest.hexdigest(), d.digest.hexdigest()
+            _expect(raw_checksum == entry["raw"]["checksum"], base, "it is damaged, or of another base")
+            _expect(diff_checksum == entry["diff"]["checksum"], diff, "it is damaged; download it again")
+            _expect(
+                tuned_sha256 == entry["tuned"]["sha256"], target, "raw + diff isn't the tuned tensor; `verify` both"
+            )
+        found = {"shape": target.shape, "tuned": {"dtype": target.dtype, "sha256": sha256.hexdigest()}}
         self._work.finish(name, {"entry": found, "total": total})
 
 

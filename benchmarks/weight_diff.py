@@ -7,6 +7,7 @@ reference), removes them, and writes benchmarks/results/weight_diff.json. Every 
 """
 
 import contextlib
+import filecmp
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from statistics import median
 
 import numpy as np
 
@@ -105,48 +107,59 @@ def measure(command: list[str], target: str) -> dict:
     return {name: round(figure, 2) for name, figure in figures.items()}
 
 
-def run_size(size: str, folder: str, repeats: int, reference: bool) -> dict:
-    """All figures of one size."""
-    raw, tuned, diff, out, copy = (os.path.join(folder, n) for n in ("raw", "tuned", "diff", "out", "copy"))
+def run_size(size: str, folder: str, rounds: int, reference: bool) -> dict:
+    """All figures of one size, medians over rounds in which all take their turn."""
+    names = ("raw", "tuned", "diff", "out", "copy", "plain_diff", "plain_out")
+    raw, tuned, diff, out, copy, plain_diff, plain_out = (os.path.join(folder, name) for name in names)
     write_pair(size, raw, tuned)
-    os.sync()
     script, ends = [sys.executable, os.path.join(ROOT, "weight_diff.py")], ["--path_raw", raw, "--path_diff", diff]
     make = [*script, "make_diff", *ends, "--path_tuned", tuned]
     recover = [*script, "recover", *ends, "--path_tuned", out, "--test_inference=False"]
-    runs: dict[str, list[dict]] = {"cp": [], "make_diff": [], "recover": []}
-    for _ in range(repeats):
-        for target in (diff, out):
-            shutil.rmtree(target, ignore_errors=True)
-        runs["cp"].append(measure(["cp", "-r", tuned, copy], copy))
-        shutil.rmtree(copy)
-        runs["make_diff"].append(measure(make, diff))
-        runs["recover"].append(measure(recover, out))
-    same = all(
-        subprocess.run(["cmp", "-s", os.path.join(tuned, n), os.path.join(out, n)], check=False).returncode == 0
-        for n in os.listdir(tuned)
-    )
-    for target in (out, diff):
-        shutil.rmtree(target)
+    runs: dict[str, list[dict]] = {}
+    commands = {
+        "cp": (["cp", "-r", tuned, copy], [tuned], copy),
+        "make_diff": (make, [raw, tuned], diff),
+        "recover": (recover, [raw, diff], out),
+    }
     if reference:
-        for name, other, target in (("make_diff", tuned, diff), ("recover", diff, out)):
-            command = [sys.executable, "-c", REFERENCE, name, raw, other, target]
-            runs[f"two models: {name}"] = [measure(command, target)]
-    best = {name: min(found, key=lambda figures: figures["seconds"]) for name, found in runs.items()}
+        two = [sys.executable, "-c", REFERENCE]
+        commands["two models: make_diff"] = ([*two, "make_diff", raw, tuned, plain_diff], [raw, tuned], plain_diff)
+        commands["two models: recover"] = ([*two, "recover", raw, plain_diff, plain_out], [raw, plain_diff], plain_out)
+    for _ in range(rounds):
+        for name, (command, inputs, target) in commands.items():
+            # The same start for all: inputs in the page cache, nothing left to be written of what ran before.
+            for path in [os.path.join(i, n) for i in inputs for n in os.listdir(i)]:
+                subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
+            os.sync()
+            runs.setdefault(name, []).append(measure(command, target))
+            if name == "recover":
+                same = all(filecmp.cmp(os.path.join(tuned, n), os.path.join(out, n), False) for n in os.listdir(tuned))
+            if not name.endswith("make_diff"):
+                shutil.rmtree(target)
+        shutil.rmtree(diff)
+        shutil.rmtree(plain_diff, ignore_errors=True)
     result: dict = {"output_gb": round(sum(e.stat().st_size for e in os.scandir(tuned)) / 1e9, 3), "identical": same}
-    for name, figures in best.items():
-        result[name] = {**figures, "times_cp": round(figures["seconds"] / best["cp"]["seconds"], 2)}
-        result[name]["times_cp_synced"] = round(figures["synced_seconds"] / best["cp"]["synced_seconds"], 2)
-        if name.startswith("two models"):
-            ours = best[name.removeprefix("two models: ")]["seconds"]
-            result[name]["times_ours"] = round(figures["seconds"] / ours, 1)
-        result[name]["all_seconds"] = [found["seconds"] for found in runs[name]]
+    for name, found in runs.items():
+        result[name] = {figure: round(median(one[figure] for one in found), 2) for figure in found[0]}
+        ours = name.removeprefix("two models: ")
+        result[name] |= {
+            "times_cp": _ratio(found, runs["cp"], "seconds"),
+            "times_cp_synced": _ratio(found, runs["cp"], "synced_seconds"),
+            **({"times_ours": _ratio(found, runs[ours], "seconds")} if ours != name else {}),
+            "all_seconds": [one["seconds"] for one in found],
+        }
     return result
+
+
+def _ratio(ours: list[dict], others: list[dict], figure: str) -> float:
+    """The median of the rounds' ratios: each compares what ran within a minute."""
+    return round(median(a[figure] / b[figure] for a, b in zip(ours, others, strict=True)), 2)
 
 
 def run(
     sizes: str = "0.3B,1.1B",
     work_dir: str = "/tmp/weight_diff_benchmark",
-    repeats: int = 3,
+    rounds: int = 5,
     reference: bool = True,
     output: str = os.path.join(ROOT, "benchmarks", "results", "weight_diff.json"),
 ) -> None:
@@ -155,7 +168,7 @@ def run(
     Args:
         sizes: of 0.3B and 1.1B, separated by commas.
         work_dir: a folder that does not exist, on the disk to measure; removed at the end.
-        repeats: runs of each; the fastest counts.
+        rounds: runs of each, in turn; the median counts.
         reference: whether to run the two models in memory as well.
         output: the result's file.
     """
@@ -172,7 +185,7 @@ def run(
         if size not in SHAPES:
             raise UserError(f"--sizes takes {', '.join(SHAPES)}, found {size}")
         try:
-            result["sizes"][size] = run_size(size, os.path.join(work_dir, size), repeats, reference)
+            result["sizes"][size] = run_size(size, os.path.join(work_dir, size), rounds, reference)
         finally:
             shutil.rmtree(work_dir, ignore_errors=True)
         print(size, json.dumps(result["sizes"][size], indent=1))

@@ -553,6 +553,23 @@ def test_a_flipped_bit_that_does_not_change_the_sum_is_found_too(tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]
 
 
+def test_words_that_changed_places_are_found(pair, tmp_path):
+    """The inputs' checksums are blind to them; the sha256 of what comes out isn't."""
+    diff = shutil.copytree(pair[2], tmp_path / "diff")
+    tensor = checkpoint_files.read_checkpoint(str(diff)).tensors[EMBED]
+    with open(tensor.path, "r+b") as file:
+        file.seek(tensor.offset)
+        words = file.read(16)
+        assert words[:8] != words[8:]
+        file.seek(tensor.offset)
+        file.write(words[8:] + words[:8])
+    message = refused(weight_diff.recover, pair[0], str(diff), str(tmp_path / "out"), test_inference=False)
+    assert message.startswith(EMBED)
+    assert "raw + diff isn't the tuned tensor" in message
+    assert EMBED in refused(weight_diff.verify, str(diff))
+    assert os.listdir(tmp_path) == ["diff"]
+
+
 def test_verify_and_info_tell_what_a_folder_is(pair, tmp_path, capsys):
     raw, tuned, diff = pair
     out = recover(raw, diff, str(tmp_path))
