@@ -40,7 +40,7 @@ def load_model(name_or_path: str, dtype, cache_dir: str | None = None):
         raise UserError(f"cannot load {name_or_path}: {' '.join(str(error).split())}") from error
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise UserError(f"{name_or_path}: {name} has shape {tuple(found)}, its config.json says {tuple(expected)}")
-    if missing := sorted(set(info["missing_keys"]) - set(model.all_tied_weights_keys)):
+    if missing := sorted(info["missing_keys"]):
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(f"{name_or_path} lacks {len(missing)} tensor(s) that its config.json asks for: {names}")
     return model
