@@ -185,8 +185,6 @@ def _check_packages(model_args, args) -> None:
         needed["peft"] = f"--lora_r {model_args.lora_r}"
     if re.search(r"\dbit", args.optim):
         needed["torchao" if "torch" in args.optim else "bitsandbytes"] = f"--optim {args.optim.value}"
-    if args.use_liger_kernel:
-        needed["liger_kernel"] = "--use_liger_kernel True"
     for name, flag in needed.items():
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"{flag}: {name} is not installed here; pip install {name.replace('_', '-')}")
+            raise UserError(f"{flag}: {name} is not installed here; pip install {name}")
