@@ -82,6 +82,7 @@ class Plan:
         half: whether it computes in 16 bits.
         checkpointing: whether activations are recomputed.
         masters: bytes of a trained weight; its gradient and Adam's two moments take as many each.
+        reshards: whether FSDP frees the weights it gathered for a layer's forward pass, to gather them again.
     """
 
     sharding: str
@@ -92,16 +93,18 @@ class Plan:
     half: bool
     checkpointing: bool = False
     masters: int = 4
+    reshards: bool = True
 
 
 def estimate(shape: ModelShape, plan: Plan) -> tuple[float, float]:
     """Estimates the memory of a run.
 
     Weights, gradients and Adam's two moments take 4 bytes each (2 in pure bfloat16). A sharded run gathers one layer
-    at a time and the embedding. Activations are 34 bytes per token, hidden unit and layer in 16 bits (Korthikanti et
-    al. 2022, "Reducing Activation Recomputation in Large Transformer Models", without the attention matrix, which
-    fused kernels don't store), twice that in 32; logits are held in the compute type and, with their softmax and
-    gradient, in float32.
+    at a time and the embedding, or, where FSDP doesn't reshard, ends its forward pass with all of them: a whole copy
+    in the compute type on every device, a world of one included, where gathering is a cast. Activations are 34 bytes
+    per token, hidden unit and layer in 16 bits (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
+    Transformer Models", without the attention matrix, which fused kernels don't store), twice that in 32; logits are
+    held in the compute type and, with their softmax and gradient, in float32.
 
     Returns:
         Bytes on each device, and bytes in the memory of this machine (on a CPU both are the host's).
@@ -115,7 +118,7 @@ def estimate(shape: ModelShape, plan: Plan) -> tuple[float, float]:
     activations = per_layer * (1 if plan.checkpointing else shape.layers)
     activations += tokens * shape.hidden * compute * shape.layers if plan.checkpointing else 0
     activations += tokens * shape.vocabulary * (compute + 12)
-    gathered = 2 * shape.largest_unit * compute
+    gathered = compute * (shape.largest_unit + (shape.largest_unit if plan.reshards else shape.parameters))
     if plan.sharding == "none":
         autocast = 2 * shape.trainable if plan.half and plan.masters == 4 else 0
         device, host = states + autocast, plan.local * weights
@@ -138,6 +141,7 @@ RECIPES = (  # flags that change the plan, the fastest first
 
 def fitting_recipe(shape: ModelShape, lora: ModelShape, plan: Plan, device_bytes: float, host_bytes: float) -> str:
     """Names the first recipe that fits the memory that is there, or says that none does."""
+    plan = replace(plan, reshards=True)
     one = {"batch": 1, "checkpointing": True}
     smaller = " --per_device_train_batch_size 1 --gradient_checkpointing True (with more --gradient_accumulation_steps)"
     trials = []
@@ -170,17 +174,14 @@ def check_memory(shape: ModelShape, lora: ModelShape, plan: Plan, device) -> str
     Raises:
         UserError: it doesn't fit; the message names a recipe that does.
     """
-    import torch
-
     need, host_need = estimate(shape, plan)
-    host = host_memory()
+    there, host = free_memory(device)
     if device.type == "cuda":
-        there = torch.cuda.mem_get_info(device)[0]
         line = (
             f"memory: about {gib(need)} per GPU of {gib(there)} free, {gib(host_need)} on the host of {gib(host)} free"
         )
     else:  # loading and training share the host's memory
-        there, host_need = host / plan.local, max(host_need, plan.local * need)
+        host_need = max(host_need, plan.local * need)
         line = f"memory: about {gib(host_need)} for {plan.local} process(es), {gib(host)} free"
     if need > there or host_need > host:
         raise UserError(f"{line}: too little. {fitting_recipe(shape, lora, plan, there, host)}")
@@ -223,6 +224,7 @@ def plan_of(args) -> Plan:
         half=args.bf16 or args.fp16,
         checkpointing=bool(args.gradient_checkpointing),
         masters=2 if args.pure_bf16 else 4,
+        reshards=not args.fsdp or args.fsdp_plugin_args["reshard_after_forward"],
     )
 
 
@@ -235,21 +237,52 @@ def fits(shape: ModelShape, plan: Plan, device) -> bool:
     return True
 
 
+def most_tokens(args) -> int:
+    """Gets the length beyond which a padding-free pass gains nothing.
+
+    More than 16,384 tokens make no matmul faster on a GPU; a CPU is fastest while activations stay in its caches.
+    """
+    return 16384 if args.device.type == "cuda" else 2048
+
+
 def tokens_per_pass(shape: ModelShape, args) -> int:
     """Finds how many tokens a padding-free pass may have by the estimate.
 
-    Nine tenths of what is left beside the weights go to activations. More than 16,384 tokens make no matmul faster on
-    a GPU; a CPU is fastest while activations stay in its caches. Fewer than one example's tokens are of no use.
+    Nine tenths of what is left beside the weights go to activations. Fewer than one example's tokens are of no use.
     """
     plan = plan_of(args)
     empty, one = (estimate(shape, replace(plan, batch=tokens, length=1))[0] for tokens in (0, 1))
-    if args.device.type == "cuda":
-        import torch
+    there, _ = free_memory(args.device)
+    return max(args.model_max_length, min(most_tokens(args), int(0.9 * (there - empty) / (one - empty))))
 
-        there, most = torch.cuda.mem_get_info(args.device)[0], 16384
-    else:
-        there, most = host_memory() / plan.local, 2048
-    return max(args.model_max_length, min(most, int(0.9 * (there - empty) / (one - empty))))
+
+def choose_resharding(shape: ModelShape, args, packed: bool) -> str:
+    """Decides whether FSDP2 keeps gathered weights for the backward pass, unless the command line has decided it.
+
+    Losses are the same either way. What is kept needs no second gathering; it is kept where a tenth of the free memory
+    still remains beside it and the longest pass.
+
+    Args:
+        shape: the model.
+        args: train.py's; `reshard_after_forward` is set in the arguments of accelerate's FSDP plugin.
+        packed: whether passes are padding-free.
+
+    Returns:
+        A line that says what was decided, "" where nothing was.
+    """
+    if not args.fsdp or "reshard_after_forward" in args.fsdp_config:
+        return ""
+    tokens = args.per_device_train_batch_size * args.model_max_length
+    if packed:
+        step = tokens * args.gradient_accumulation_steps
+        tokens = args.max_tokens_per_pass or max(args.model_max_length, min(most_tokens(args), step))
+    keeping, freeing = (replace(plan_of(args), reshards=reshards, batch=tokens, length=1) for reshards in (False, True))
+    need, there = estimate(shape, keeping)[0], free_memory(args.device)[0]
+    more = gib(need - estimate(shape, freeing)[0])
+    args.fsdp_plugin_args["reshard_after_forward"] = reshards = need > 0.9 * there
+    if reshards:
+        return f"FSDP2 gathers weights for forward and backward each (reshard_after_forward; keeping takes {more} more)"
+    return f"FSDP2 keeps gathered weights for the backward pass (no reshard_after_forward; {more} per device)"
 
 
 def check(args, lora_r: int, skeleton, examples: int) -> ModelShape:
@@ -282,6 +315,20 @@ def check(args, lora_r: int, skeleton, examples: int) -> ModelShape:
     )
     say(checkpoint.check_disk(args.output_dir, weights, weights + states, kept))
     return shape
+
+
+def free_memory(device) -> tuple[float, float]:
+    """Gets the memory that each device and each machine has free, in bytes: the least of all ranks, to decide alike."""
+    import torch
+
+    host = host_memory()
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host / local_world_size()
+    least = torch.tensor([there, host], dtype=torch.float64)
+    if torch.distributed.is_initialized():
+        least = least.to(device)
+        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    there, host = least.tolist()
+    return there, host
 
 
 def host_memory() -> int:

@@ -1,6 +1,7 @@
 """What a run computes on, and how it is sharded: FSDP2 and DeepSpeed's ZeRO-3, asked for in the words of 2023."""
 
 import importlib.util
+import io
 import os
 import socket
 
@@ -62,6 +63,15 @@ def _say_going_on(reason: str) -> None:
     say(f"{reason}; going on " + ("without" if alone else "data-parallel"))
 
 
+def _read_config(flag: str, value: str | dict) -> dict:
+    """Reads what the Trainer takes: a JSON file's path, JSON itself, or a dictionary."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        text = io.StringIO(value)
+        text.name = flag
+        return jload(text)
+    return jload(value) if isinstance(value, str) else value
+
+
 def read_fsdp(args) -> None:
     """Turns 2023's words into today's settings: FSDP2, wrapped by layer."""
     if not can_shard():
@@ -69,21 +79,22 @@ def read_fsdp(args) -> None:
         args.fsdp = None
         return
     words = str(args.fsdp).split()
-    known = {"full_shard": True, "shard_grad_op": False, "auto_wrap": None, "offload": None, "True": None}
+    known = {"full_shard", "shard_grad_op", "auto_wrap", "offload", "True"}
     if unknown := [word for word in words if word not in known]:
         raise UserError(f"--fsdp {unknown[0]}: FSDP2 knows full_shard, shard_grad_op, auto_wrap and offload")
-    config = jload(args.fsdp_config) if isinstance(args.fsdp_config, str) else args.fsdp_config
+    config = _read_config("--fsdp_config", args.fsdp_config or {})
     args.fsdp_config = {
-        "reshard_after_forward": "shard_grad_op" not in words,
         "cpu_offload": "offload" in words,
-        **{name.removeprefix("fsdp_"): value for name, value in (config or {}).items()},
+        # full_shard leaves it to resources.choose_resharding
+        **({"reshard_after_forward": False} if "shard_grad_op" in words else {}),
+        **{name.removeprefix("fsdp_"): value for name, value in config.items()},
     }
     args.fsdp = True
 
 
 def read_deepspeed(args) -> None:
     """Reads DeepSpeed's config and mends what lost models and learning rates in 2023."""
-    config = jload(args.deepspeed) if isinstance(args.deepspeed, str) else args.deepspeed
+    config = _read_config("--deepspeed", args.deepspeed)
     if not can_shard():
         _say_going_on("--deepspeed: accelerate starts it only on GPUs")
         args.deepspeed = None

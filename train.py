@@ -391,6 +391,8 @@ def train() -> None:
         data = make_supervised_data_module(tokenizer, data_args, args.seed)
     describe_data(data, tokenizer)
     shape = resources.check(args, model_args.lora_r, skeleton, len(data["train_dataset"]))
+    if choice := resources.choose_resharding(shape, args, packed):
+        say(choice)
     tokens = resources.tokens_per_pass(shape, args)
 
     set_seed(args.seed)

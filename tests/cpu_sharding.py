@@ -34,6 +34,8 @@ def init_promoting_cpu_to_fsdp(self, *args, fsdp_plugin=None, **kwargs):
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         if fsdp_plugin.cpu_offload:
             fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # only an accelerator pins memory
+        if os.environ["RANK"] == "0":
+            print(f"resharding: {fsdp_plugin.reshard_after_forward}")
 
 
 def prepare_gloo_backend(self, cpu=False, sagemaker_dp=False, backend=None):

@@ -461,6 +461,29 @@ def test_a_world_of_one_under_fsdp2_holds_the_masters_of_adamw(examples):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("reshards", [True, False])
+def test_fsdp2_keeps_what_the_estimate_says_between_forward_and_backward(examples, reshards):
+    """In a world of one as well: there, gathering is a copy of the float32 masters in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = make_model(dtype=torch.float32)
+        packed_model.install(model)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for part in (*model.model.layers, model.model.embed_tokens, model.lm_head, model):
+            fully_shard(part, mp_policy=policy, reshard_after_forward=reshards)
+        (one,) = packing.make_passes(packing.documents_of(collate(examples[:2]), 0.1), 10**6)
+        model(packed=one)
+        kept = [p for p in model.parameters() if not isinstance(p, DTensor)]
+        copies = sum(p.numel() * p.element_size() for p in kept)
+        assert copies == (0 if reshards else 2 * resources.model_shape(model).parameters)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_steps_of_2e_5_vanish_in_pure_bfloat16():
     for dtype, moved in ((torch.float32, True), (torch.bfloat16, False)):
         weight = torch.nn.Parameter(torch.full((8,), 0.02, dtype=dtype))
@@ -533,7 +556,8 @@ def assert_same_run(folder, expected, steps: int = 4) -> None:
 WAYS = {
     "ddp": ["--plain"],
     "ddp, global": ["--plain", "--loss_reduction", "global"],
-    "fsdp": ["--fsdp", "full_shard auto_wrap"],
+    "fsdp": ["--fsdp", "full_shard auto_wrap"],  # memory is plenty: gathered weights are kept
+    "fsdp, resharded": ["--fsdp", "full_shard auto_wrap", "--fsdp_config", '{"fsdp_reshard_after_forward": true}'],
     "fsdp, checkpointing": ["--fsdp", "full_shard auto_wrap", "--gradient_checkpointing", "True"],
     "lora": ["--plain", "--lora_r", "4", "--lora_dropout", "0.0"],
 }
@@ -553,6 +577,10 @@ def test_two_ranks_of_train_py_end_with_the_padded_runs_weights(trainee, tmp_pat
     run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
     assert "padding-free: passes of at most 300 tokens, shared prefixes of" in run.stdout
+    assert run.stdout.count("FSDP2 keeps gathered weights") == 2  # said once each where the choice was free
+    assert [line for line in run.stdout.splitlines() if line.startswith("resharding: ")] == [
+        f"resharding: {way}" for way in ("False", "True", "False")
+    ]
     for way in WAYS:
         padded = f"padded {way}" if (tmp_path / f"padded {way}").exists() else "padded ddp"
         assert_same_run(tmp_path / way, tmp_path / padded)
@@ -602,22 +630,107 @@ def test_a_single_process_under_fsdp2_ends_with_the_padded_runs_weights(trainee,
     assert_same_run(tmp_path / "one", tmp_path / "padded")
 
 
+SEVEN_BILLION = resources.ModelShape(6_738_423_808, 6_738_423_808, 6_607_343_616, 202_383_360, 4096, 32, 32_001)
+
+
+def on_a_gpu(**changes) -> SimpleNamespace:
+    """What the estimates read of train.py's arguments."""
+    flags = {"deepspeed": None, "fsdp": None, "fsdp_config": {}, "world_size": 1, "bf16": True, "fp16": False}
+    flags |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "model_max_length": 512}
+    flags |= {"pure_bf16": False, "gradient_checkpointing": False, "max_tokens_per_pass": 0}
+    flags |= {"fsdp_plugin_args": {"reshard_after_forward": True}, "device": torch.device("cuda"), **changes}
+    return SimpleNamespace(**flags)
+
+
 def test_passes_are_as_long_as_the_estimate_leaves_room_for():
     def tokens(**changes):
-        flags = {"deepspeed": None, "fsdp": None, "fsdp_config": {}, "world_size": 1, "bf16": True, "fp16": False}
-        flags |= {"per_device_train_batch_size": 4, "model_max_length": 512, "pure_bf16": False}
-        flags |= {"gradient_checkpointing": False, "device": torch.device("cuda"), **changes}
-        return resources.tokens_per_pass(seven_billion, SimpleNamespace(**flags))
+        return resources.tokens_per_pass(SEVEN_BILLION, on_a_gpu(**changes))
 
-    seven_billion = resources.ModelShape(6_738_423_808, 6_738_423_808, 6_607_343_616, 202_383_360, 4096, 32, 32_001)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (139 * 2**30, 141 * 2**30))  # an H200's
         assert 2_000 < tokens(fsdp=True) < 8_000
         assert tokens(fsdp=True, gradient_checkpointing=True) == 16_384
         assert tokens() < tokens(fsdp=True)  # autocast takes 18 bytes per parameter
+        keeping = {"fsdp_plugin_args": {"reshard_after_forward": False}}
+        assert tokens(fsdp=True, **keeping) < tokens(fsdp=True)  # and so do gathered weights that are kept
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 2**30, 80 * 2**30))
         assert tokens(fsdp=True) == 512  # nothing is left: one example at a time, and the estimate refuses elsewhere
         assert tokens(device=torch.device("cpu"), model_max_length=4096) == 4096
+
+
+@pytest.mark.parametrize(
+    ("free", "world", "changes", "reshards"),
+    [
+        (139, 1, {}, True),  # a world of one: a whole copy in bfloat16 would take the passes' room
+        (80, 4, {}, True),  # the longest passes need it
+        (80, 4, {"max_tokens_per_pass": 2048}, False),
+        (80, 4, {"gradient_checkpointing": True}, False),
+        (80, 8, {"gradient_accumulation_steps": 4}, False),
+        (80, 16, {}, True),
+        (140, 16, {}, False),
+    ],
+)
+def test_gathered_weights_are_kept_where_the_longest_pass_fits_beside_them(monkeypatch, free, world, changes, reshards):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, free * 2**30))
+    args = on_a_gpu(fsdp=True, world_size=world, **changes)
+    line = resources.choose_resharding(SEVEN_BILLION, args, packed=True)
+    assert args.fsdp_plugin_args["reshard_after_forward"] == reshards
+    assert line.startswith("FSDP2 gathers weights for forward and backward each" if reshards else "FSDP2 keeps")
+    assert "12.2 GiB" in line  # 2 bytes per parameter, less the layer that a run gathers in either case
+    empty = resources.replace(resources.plan_of(args), batch=0)
+    kept, freed = (resources.estimate(SEVEN_BILLION, resources.replace(empty, reshards=r))[0] for r in (False, True))
+    assert kept - freed == 2 * (SEVEN_BILLION.parameters - SEVEN_BILLION.largest_unit)
+
+
+def test_padded_batches_leave_more_room_for_gathered_weights(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 2**30, 80 * 2**30))
+    args = on_a_gpu(fsdp=True, world_size=4)
+    assert resources.choose_resharding(SEVEN_BILLION, args, packed=False).startswith("FSDP2 keeps")
+
+
+@pytest.mark.parametrize(
+    ("words", "config", "expected"),
+    [
+        ("full_shard auto_wrap", None, None),
+        ("shard_grad_op auto_wrap", None, False),
+        ("full_shard auto_wrap", '{"fsdp_reshard_after_forward": false}', False),
+        ("full_shard auto_wrap", {"reshard_after_forward": True}, True),
+        ("shard_grad_op auto_wrap", {"reshard_after_forward": True}, True),
+    ],
+)
+def test_what_the_command_line_says_about_resharding_stands(monkeypatch, tmp_path, words, config, expected):
+    import sharding
+    import train
+
+    monkeypatch.setattr(sharding, "can_shard", lambda: True)
+    args = train.TrainingArguments(output_dir=str(tmp_path), fsdp=words, fsdp_config=config, use_cpu=True)
+    before = dict(args.fsdp_plugin_args)
+    monkeypatch.setattr(resources, "free_memory", lambda device: (2**50, 2**50))
+    line = resources.choose_resharding(SEVEN_BILLION, args, packed=True)
+    if expected is None:
+        assert before["reshard_after_forward"] is True
+        assert line
+        assert args.fsdp_plugin_args == {**before, "reshard_after_forward": False}
+    else:
+        assert not line
+        assert args.fsdp_plugin_args["reshard_after_forward"] == before["reshard_after_forward"] == expected
+
+
+def test_two_ranks_see_the_same_least_free_memory(tmp_path, root):
+    """Each rank has another figure; both decide by the smallest."""
+    script = """
+import os, torch, resources
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+resources.host_memory = lambda: [2**34, 2**33][rank]
+there, host = resources.free_memory(torch.device("cpu"))
+assert (there, host) == (2**32, 2**33), (there, host)
+torch.distributed.destroy_process_group()
+"""
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    run = subprocess.run([*command, str(tmp_path / "script.py")], capture_output=True, text=True, cwd=root)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
