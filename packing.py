@@ -343,7 +343,7 @@ class PackedTrainer(Trainer):
         return total
 
     def _gradients_stay_here(self, model: torch.nn.Module) -> contextlib.AbstractContextManager:
-        """Ranks average their gradients after the last pass only, where they have the memory to wait for it."""
+        """Ranks average their gradients after the last pass only, where each holds all of them anyway."""
         alone = self.args.world_size == 1  # nothing to exchange, and FSDP2 would hold a second copy of the gradients
         eager = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         return contextlib.nullcontext() if alone or eager else self.accelerator.no_sync(model)

@@ -92,6 +92,16 @@ def read_fsdp(args) -> None:
     args.fsdp = True
 
 
+def reduce_every_pass(args) -> None:
+    """Has ranks exchange their gradients after every pass of a step, unless --accelerator_config says otherwise.
+
+    Between passes FSDP2 would else hold whole gradients on every device, and add them up there in the compute type:
+    with --bf16 True 2 bytes per parameter, in bfloat16. Exchanged, they are sharded and added up in float32.
+    """
+    config = args.accelerator_config
+    config.gradient_accumulation_kwargs = {"sync_each_batch": True, **(config.gradient_accumulation_kwargs or {})}
+
+
 def read_deepspeed(args) -> None:
     """Reads DeepSpeed's config and mends what lost models and learning rates in 2023."""
     config = _read_config("--deepspeed", args.deepspeed)

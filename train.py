@@ -161,6 +161,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.deepspeed:
             sharding.read_deepspeed(self)
         super().__post_init__()
+        if self.fsdp:
+            sharding.reduce_every_pass(self)
 
 
 def parse_arguments(argv: Sequence[str] | None = None):

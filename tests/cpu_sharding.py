@@ -16,7 +16,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import sharding
@@ -25,6 +25,7 @@ import train
 # Would be compiled first, for minutes; gloo does it. (`deepspeed.comm.torch` as a name is PyTorch itself.)
 importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 state_init, prepare_backend = AcceleratorState.__init__, PartialState._prepare_backend
+set_gradient_sync = FSDPModule.set_requires_gradient_sync
 
 
 def init_promoting_cpu_to_fsdp(self, *args, fsdp_plugin=None, **kwargs):
@@ -38,6 +39,12 @@ def init_promoting_cpu_to_fsdp(self, *args, fsdp_plugin=None, **kwargs):
             print(f"resharding: {fsdp_plugin.reshard_after_forward}")
 
 
+def set_requires_gradient_sync(self, requires: bool, **kwargs) -> None:
+    if not requires:
+        print("gradients wait whole")
+    set_gradient_sync(self, requires, **kwargs)
+
+
 def prepare_gloo_backend(self, cpu=False, sagemaker_dp=False, backend=None):
     return ("gloo", DistributedType.MULTI_CPU) if not cpu else prepare_backend(self, cpu, sagemaker_dp, backend)
 
@@ -49,6 +56,7 @@ def run(argv: list[str]) -> None:
         os.environ.pop(name, None)  # an earlier command's
     AcceleratorState.__init__ = state_init if plain else init_promoting_cpu_to_fsdp
     PartialState._prepare_backend = prepare_backend if plain else prepare_gloo_backend
+    FSDPModule.set_requires_gradient_sync = set_requires_gradient_sync
     sharding.has_accelerator = lambda: not plain
     sys.argv = ["train.py", *(argument for argument in argv if argument != "--plain")]
     train.train()
