@@ -303,6 +303,7 @@ def check(args, lora_r: int, skeleton, examples: int) -> ModelShape:
         if fits(shape, recomputing, args.device):
             say("activations don't fit beside the weights: going on as with --gradient_checkpointing True")
             args.gradient_checkpointing, plan = True, recomputing
+            args.activation_checkpointing = True  # what transformers 5.23 reads, and 5.17 doesn't know
     say(check_memory(shape, lora, plan, args.device))
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(examples / step) * args.num_train_epochs)
