@@ -535,9 +535,9 @@ def trainee(root, tmp_path_factory) -> list[str]:
     return flags.split()
 
 
-def logged(folder) -> list[float]:
+def logged(folder, name: str = "loss") -> list[float]:
     with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as file:
-        return [entry["loss"] for entry in json.load(file)["log_history"] if "loss" in entry]
+        return [entry[name] for entry in json.load(file)["log_history"] if name in entry]
 
 
 def assert_same_run(folder, expected, steps: int = 4) -> None:
@@ -581,6 +581,7 @@ def test_two_ranks_of_train_py_end_with_the_padded_runs_weights(trainee, tmp_pat
     assert [line for line in run.stdout.splitlines() if line.startswith("resharding: ")] == [
         f"resharding: {way}" for way in ("False", "True", "False")
     ]
+    assert "gradients wait whole" not in run.stdout  # FSDP2 would hold all of them on each device
     for way in WAYS:
         padded = f"padded {way}" if (tmp_path / f"padded {way}").exists() else "padded ddp"
         assert_same_run(tmp_path / way, tmp_path / padded)
@@ -688,6 +689,33 @@ def test_padded_batches_leave_more_room_for_gathered_weights(monkeypatch):
     assert resources.choose_resharding(SEVEN_BILLION, args, packed=False).startswith("FSDP2 keeps")
 
 
+@pytest.mark.parametrize(("layers_that_fit", "forward_passes"), [(2.1, 1), (1.5, 2)], ids=["plenty", "too little"])
+def test_activations_are_recomputed_where_the_estimate_has_no_room_for_them(
+    trainee, tmp_path, monkeypatch, capsys, layers_that_fit, forward_passes
+):
+    import train
+
+    plan = resources.Plan("none", 1, 1, batch=2, length=256, half=False)
+    shape = resources.model_shape(AutoModelForCausalLM.from_pretrained(trainee[1]))
+    room = resources.estimate(resources.replace(shape, layers=layers_that_fit), plan)[0]
+    monkeypatch.setattr(resources, "host_memory", lambda: int(room) + 1)
+    load, calls = train.load_model, {"layer": 0, "lm_head": 0}
+
+    def load_and_count(*args):
+        model = load(*args)
+        for name, module in (("layer", model.model.layers[0].mlp), ("lm_head", model.lm_head)):
+            module.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+        return model
+
+    monkeypatch.setattr(train, "load_model", load_and_count)
+    flags = ["--max_steps", "1", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *trainee, *flags])
+    train.train()
+    said = "going on as with --gradient_checkpointing True" in capsys.readouterr().out
+    assert said == (forward_passes == 2)
+    assert calls["layer"] == forward_passes * calls["lm_head"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "config", "expected"),
     [
@@ -762,10 +790,57 @@ def test_ligers_kernels_leave_the_packed_forward_pass_alone(trainee, tmp_path, m
             model.forward = None
 
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", stand_in)
-    flags = ["--use_liger_kernel", "True", "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["train.py", *trainee, *flags])
-    train.train()
+    flags = [*trainee, "--max_steps", "1", "--eval_fraction", "0.2"]  # the Trainer evaluates in Liger's way, too
+    for name, more in (("liger", ["--use_liger_kernel", "True"]), ("plain", [])):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *more, "--output_dir", str(tmp_path / name)])
+        train.train()
     assert seen == [{"fused_linear_cross_entropy": False}]
+    assert logged(tmp_path / "liger", "eval_loss") == logged(tmp_path / "plain", "eval_loss") != []
+    assert_same_run(tmp_path / "liger", tmp_path / "plain", steps=1)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+def test_liger_itself_replaces_the_layers_parts_only(monkeypatch, name):
+    """The real package, where it can be imported (it needs triton): no kernel runs here."""
+    pytest.importorskip("liger_kernel.transformers")
+    from transformers.integrations.liger import apply_liger_kernel
+
+    model = make_model(name, dtype=torch.float32)
+    modeling = sys.modules[type(model).__module__]
+    for part in vars(modeling).copy():  # Liger replaces functions and classes of the module for good
+        monkeypatch.setattr(modeling, part, getattr(modeling, part))
+    rotate = modeling.apply_rotary_pos_emb
+    packed_model.install(model)
+    forward, args = model.forward, SimpleNamespace(compile_layers="false", use_liger_kernel=True)
+    args.device, args.liger_kernel_config = torch.device("cpu"), None
+    packed_model.choose_kernels(args, packed=True)
+    apply_liger_kernel(model, args.liger_kernel_config)
+    assert model.forward == forward
+    layer = model.model.layers[0]
+    assert modeling.apply_rotary_pos_emb is not rotate
+    for module, kernel in ((layer.mlp, "LigerSwiGLUMLP"), (layer.input_layernorm, "LigerRMSNorm")):
+        assert module.forward.__func__.__qualname__ == f"{kernel}.forward"
+
+
+@pytest.mark.gpu
+def test_ligers_kernels_give_the_same_gradients_on_a_gpu(examples, monkeypatch):
+    pytest.importorskip("liger_kernel.transformers")
+    from transformers.integrations.liger import apply_liger_kernel
+
+    plain, liger = (make_model(dtype=torch.float32).cuda() for _ in range(2))
+    modeling = sys.modules[type(plain).__module__]
+    for part in vars(modeling).copy():
+        monkeypatch.setattr(modeling, part, getattr(modeling, part))
+    (one,) = packing.make_passes(
+        packing.documents_of(collate(examples), 0.01, packing.find_prefixes(examples, 16)), 10**6
+    )
+    one = packed_model.to_device(one, torch.device("cuda"))
+    for model in (plain, liger):
+        packed_model.install(model)
+        if model is liger:
+            apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
+        model(packed=one).backward()
+    assert worst(gradients(liger), gradients(plain)) < 1e-3
 
 
 def test_weights_in_16_bits_are_not_trained_unless_asked_for(trainee, tmp_path, monkeypatch):
