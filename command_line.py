@@ -48,7 +48,12 @@ def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> Non
 
 
 def _print_help(commands: dict[str, Callable], *command: str) -> NoReturn:
-    import fire
+    try:
+        import fire
+    except ModuleNotFoundError:
+        for name in command or commands:
+            print(f"{name}{inspect.signature(commands[name])}\n\n{inspect.getdoc(commands[name])}\n")
+        sys.exit(0)
 
     def flags_only(function: Callable) -> Callable:
         @functools.wraps(function)
