@@ -11,6 +11,7 @@
 
 import os
 import sys
+import traceback
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -32,18 +33,25 @@ def measure(output: str = os.path.join(ROOT, "benchmarks", "results", "gpu_first
 
     if not torch.cuda.is_available():
         raise UserError("no GPU found; this script measures one (train_throughput.py measures a CPU too)")
-    result = environment()
+    result, failed = environment(), []
     for name, figures in (
         ("attention_error", attention_error),
         ("decoder_layer", decoder_layer),
         ("matmul_tflops", matmul_tflops),
         ("adamw_step", adamw_step),
     ):
-        result[name] = figures()
+        try:
+            result[name] = figures()
+        except Exception as error:  # whatever it is, the other figures are worth having
+            traceback.print_exc()
+            result[name] = {"failed": f"{type(error).__name__}: {error}"}
+            failed.append(name)
         print(f"{name}: {result[name]}", flush=True)
         torch.cuda.empty_cache()
     jdump(result, output)
     print(f"written to {os.path.relpath(output)}")
+    if failed:
+        raise UserError(f"not measured: {', '.join(failed)}; the errors are above and in the file")
 
 
 def one_pass(examples: int):

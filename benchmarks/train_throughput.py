@@ -14,6 +14,7 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -71,17 +72,26 @@ def measure(
     chosen = [row for row in chosen if row not in missing]
     job = {"model": model, "data_path": data_path, "steps": steps, "layers": layers, "max_tokens": max_tokens_per_pass}
     runs = {row: [] for row in chosen}
+    failed = {}  # a row that runs out of memory doesn't cost the others
     for number in range(rounds):
-        for row in chosen:
-            runs[row].append(_run_row({**job, "row": row}))
-            print(f"round {number + 1}, {row}: {runs[row][-1]['seconds_per_step']:.2f} s a step", flush=True)
-    table = [{"row": row, **min(found, key=lambda run: run["seconds_per_step"])} for row, found in runs.items()]
+        for row in (row for row in chosen if row not in failed):
+            try:
+                runs[row].append(_run_row({**job, "row": row}))
+                print(f"round {number + 1}, {row}: {runs[row][-1]['seconds_per_step']:.2f} s a step", flush=True)
+            except UserError as error:
+                failed[row] = str(error)
+                print(f"round {number + 1}, {error}", flush=True)
+    if not any(runs.values()):
+        raise UserError(f"no row ran; {next(iter(failed.values()))}")
+    table = [
+        {"row": row, **min(found, key=lambda run: run["seconds_per_step"])} for row, found in runs.items() if found
+    ]
     base = next((entry["useful_tokens_per_s"] for entry in table if entry["row"] == "padded"), None)
     peak = max(run["peak_tflops"] for found in runs.values() for run in found)  # timed in each run where it is timed
     for entry in table:
         entry["mfu"], entry["hardware_mfu"] = (round(entry[f"{k}_tflops"] / peak, 4) for k in ("useful", "executed"))
         entry["ratio"] = round(entry["useful_tokens_per_s"] / base, 2) if base else None
-    result = {**environment(), **job, "rounds": rounds, "skipped": sorted(missing), "rows": table}
+    result = {**environment(), **job, "rounds": rounds, "skipped": sorted(missing), "failed": failed, "rows": table}
     device = "gpu" if result["gpu"] else "cpu"
     name = os.path.splitext(os.path.basename(model))[0]
     name += "_real_text" if data_path else ""
@@ -118,6 +128,8 @@ def environment() -> dict:
     import torch
 
     def git(*command: str) -> str:
+        if not shutil.which("git"):
+            return ""
         run = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
         return run.stdout.strip()
 
@@ -167,23 +179,24 @@ def run_row(folder: str) -> None:
     Args:
         folder: holds job.json; result.json is written there.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     job = jload(os.path.join(folder, "job.json"))
-    settings = _settings(job)
-    examples = (
-        _real(job, settings) if job["data_path"] else drawn_examples(STEP * (job["steps"] + 1), settings["vocab_size"])
-    )
-    gpu = torch.cuda.is_available()
-    torch.manual_seed(0)
-    with torch.device("cuda" if gpu else "cpu"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
-    counter = Counter(model)
-    trainer = _trl_trainer(job, model, examples) if job["row"].startswith("TRL") else _trainer(job, model, examples)
+    settings, count = _settings(job), STEP * (job["steps"] + 1)
+    examples = _real(job, settings, count) if job["data_path"] else drawn_examples(count, settings["vocab_size"])
+    make = _trl_trainer if job["row"].startswith("TRL") else _trainer
+    trainer = make(job, settings, examples)
+    counter = Counter(trainer.model)
     trainer.add_callback(counter)
     trainer.train()
     jdump(counter.result(examples, job), os.path.join(folder, "result.json"))
+
+
+def _random_model(settings: dict, device: str | None = None):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
 
 
 def _settings(job: dict) -> dict:
@@ -255,7 +268,7 @@ def _common(job: dict, batch: int) -> dict:
     }
 
 
-def _trainer(job: dict, model, examples: list[dict]):
+def _trainer(job: dict, settings: dict, examples: list[dict]):
     import torch
 
     import packed_model
@@ -267,13 +280,16 @@ def _trainer(job: dict, model, examples: list[dict]):
 
     flags = {"max_tokens_per_pass": job["max_tokens"], **ROWS[job["row"]]}
     args = TrainingArguments(**_common(job, 4), **flags)
+    skeleton = _random_model(settings, "meta")  # as in train.py, the memory is looked at before the weights are there
     if args.fsdp:
-        sharding.fit_fsdp(args, model)
-    packed, shared, _ = packing.choose(model.config, args.padding_free, args.shared_prefix)
+        sharding.fit_fsdp(args, skeleton)
+    packed, shared, _ = packing.choose(skeleton.config, args.padding_free, args.shared_prefix)
     collator = DataCollatorForSupervisedDataset(_Padding())
     numbered = [{**example, "record": torch.tensor(i)} for i, example in enumerate(examples)]
-    shape = resources.model_shape(model)
+    shape = resources.model_shape(skeleton)
+    print(resources.choose_resharding(shape, args, packed))
     tokens = resources.tokens_per_pass(shape, args)
+    model = _random_model(settings)
     trainer = AlpacaTrainer(model=model, args=args, train_dataset=numbered, data_collator=collator, shape=shape)
     if packed:
         print(trainer.pack(args.max_tokens_per_pass or tokens, shared))
@@ -287,8 +303,11 @@ class _Padding:
     pad_token_id: int = 0
 
 
-def _trl_trainer(job: dict, model, examples: list[dict]):
-    """TRL at its own settings for this: sequences of one micro-batch end to end, or filled up to 512 tokens."""
+def _trl_trainer(job: dict, settings: dict, examples: list[dict]):
+    """TRL at its own settings for this: sequences of one micro-batch end to end, or filled up to 512 tokens.
+
+    Without its default of gradient checkpointing, which no other row has.
+    """
     import datasets
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -301,7 +320,9 @@ def _trl_trainer(job: dict, model, examples: list[dict]):
     common = _common(job, 4)
     if packs:  # four examples of 127 tokens fill one sequence
         common["gradient_accumulation_steps"] //= 4
-    args = SFTConfig(**common, packing=packs, padding_free=not packs, max_length=512 if packs else None)
+    common |= {"packing": packs, "padding_free": not packs, "max_length": 512 if packs else None}
+    args = SFTConfig(**common, gradient_checkpointing=False)
+    model = _random_model(settings)
     return SFTTrainer(
         model=model, args=args, train_dataset=datasets.Dataset.from_dict(columns), processing_class=tokenizer
     )
@@ -311,7 +332,7 @@ class Counter:
     """A Trainer callback that times steps after the first, and counts what the model computes in them."""
 
     def __init__(self, model):
-        """Hooks the first decoder layer and lm_head of a model that no trainer has wrapped yet."""
+        """Hooks the first decoder layer and lm_head of a model that no trainer has prepared yet."""
         import torch
 
         self.cuda = torch.cuda.is_available()

@@ -855,3 +855,90 @@ def test_weights_in_16_bits_are_not_trained_unless_asked_for(trainee, tmp_path, 
             train.train()
     monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--pure_bf16", "True"])
     train.train()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmarks, on a machine that has torch, transformers, accelerate and peft, but not all of requirements.txt
+
+
+@pytest.fixture
+def benchmark(root, tmp_path):
+    """Runs a script of benchmarks/ with some packages hidden, from another folder."""
+    hidden = ("openai", "rapidfuzz", "fire", "trl", "deepspeed", "datasets", "gradio", "matplotlib", "liger_kernel")
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide" / "sitecustomize.py").write_text(
+        f"""
+import importlib.machinery, sys
+class Hidden(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {hidden} else super().find_spec(name, path, target)
+sys.meta_path = [Hidden if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+"""
+    )
+
+    def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, os.path.join(root, "benchmarks", script), *arguments]
+        env = {**os.environ, "PYTHONPATH": str(tmp_path / "hide"), "OMP_NUM_THREADS": "2"}
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+
+    return run
+
+
+@pytest.mark.parametrize("script", ["train_throughput.py", "gpu_first_call.py"])
+def test_a_benchmarks_help_needs_no_more_than_it_measures_with(benchmark, script):
+    for arguments in (["--help"], ["measure", "--help"]):
+        done = benchmark(script, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert "output" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+def test_without_a_gpu_the_first_call_says_so_in_one_line(benchmark):
+    done = benchmark("gpu_first_call.py", "measure")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no GPU found; ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("real_text", [False, True])
+def test_throughput_is_measured_row_by_row(benchmark, trainee, tmp_path, real_text):
+    settings = json.dumps({"model_type": "llama", **CONFIGS["llama"], "vocab_size": 700})
+    (tmp_path / "toy.json").write_text(settings)
+    flags = [f"--model={tmp_path}/toy.json", "--rows=padded,shared prefix,TRL packing", "--steps=1", "--rounds=1"]
+    flags += [f"--data_path={trainee[3]}"] if real_text else []
+    done = benchmark("train_throughput.py", "measure", *flags, f"--output={tmp_path}/result.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["skipped"] == ["TRL packing"]
+    assert result["failed"] == {}
+    padded, shared = result["rows"]
+    assert (padded["row"], shared["row"]) == ("padded", "shared prefix")
+    assert padded["work_per_useful_token"] > 1.1
+    assert shared["work_per_useful_token"] < 1
+    assert padded["ratio"] == 1
+
+
+def test_a_row_that_fails_does_not_cost_the_others(monkeypatch, tmp_path, root, capsys):
+    monkeypatch.syspath_prepend(os.path.join(root, "benchmarks"))
+    import train_throughput
+
+    measured = dict.fromkeys(("useful_tokens_per_s", "seconds_per_step", "peak_tflops", "useful_tflops"), 1.0)
+    measured |= dict.fromkeys(
+        ("executed_tflops", "work_per_useful_token", "peak_memory_gib", "hours_for_3_epochs"), 1.0
+    )
+
+    def run_row(job):
+        if job["row"] == "padded":
+            raise UserError("padded failed: OutOfMemoryError: CUDA out of memory")
+        return measured
+
+    monkeypatch.setattr(train_throughput, "_run_row", run_row)
+    train_throughput.measure(rows="padded,padding-free", output=str(tmp_path / "result.json"))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [row["row"] for row in result["rows"]] == ["padding-free"]
+    assert result["failed"] == {"padded": "padded failed: OutOfMemoryError: CUDA out of memory"}
+    assert capsys.readouterr().out.count("out of memory") == 1  # not tried again
+    monkeypatch.setattr(train_throughput, "ROWS", {"padded": {}})
+    with pytest.raises(UserError, match="no row ran; padded failed"):
+        train_throughput.measure(output=str(tmp_path / "none.json"))
