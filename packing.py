@@ -35,7 +35,9 @@ FAMILIES = ("llama", "opt", "mistral", "qwen2", "qwen3")
 # Does it fit?
 
 
-def choose(config: Any, padding_free: str, shared_prefix: str, lora_dropout: float = 0.0) -> tuple[bool, bool, str]:
+def choose(
+    config: Any, padding_free: str, shared_prefix: str, lora_dropout: float = 0.0, gpus: int = 1
+) -> tuple[bool, bool, str]:
     """Decides between the padded path, padding-free passes, and passes with shared prefixes.
 
     Args:
@@ -43,6 +45,7 @@ def choose(config: Any, padding_free: str, shared_prefix: str, lora_dropout: flo
         padding_free: "true", "false" or "auto", which switches on what leaves every loss as it was.
         shared_prefix: likewise.
         lora_dropout: of the adapters, where there are any.
+        gpus: that this process drives.
 
     Returns:
         Whether to go padding-free, whether to share prefixes, and why something is off ("" where nothing is).
@@ -59,6 +62,8 @@ def choose(config: Any, padding_free: str, shared_prefix: str, lora_dropout: flo
     }
     noise = ", ".join(f"{name} is {p}" for name, p in dropout.items())
     misfit = _misfit(config, dropout)
+    if gpus > 1:
+        misfit = f"one process drives {gpus} GPUs; torchrun --nproc_per_node={gpus} starts one for each"
     if padding_free == "false":
         if shared_prefix == "true":
             raise UserError("--shared_prefix true needs --padding_free auto or true, found --padding_free false")

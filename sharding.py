@@ -6,6 +6,7 @@ import os
 import socket
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from utils import UserError, is_main, jload, say
 
@@ -30,6 +31,11 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
+def has_bfloat16() -> bool:
+    """Whether this machine computes in bfloat16, and isn't only made to."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def device_name() -> str:
     """Names what this machine computes on."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine (no GPU)"
@@ -44,10 +50,9 @@ def fit_machine(args) -> None:
     if not has_accelerator():
         args.use_cpu = True
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, warns at its import
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if args.bf16 and args.fp16:
         raise UserError("--bf16 and --fp16 are two types to compute in; give one")
-    if args.bf16 and not has_bf16:
+    if args.bf16 and not has_bfloat16():
         args.bf16 = False
         say(f"--bf16: {device_name()} has no bfloat16 arithmetic; going on in float32")
     if args.fp16 and not has_accelerator():
@@ -92,14 +97,22 @@ def read_fsdp(args) -> None:
     args.fsdp = True
 
 
-def reduce_every_pass(args) -> None:
-    """Has ranks exchange their gradients after every pass of a step, unless --accelerator_config says otherwise.
+def spare_accuracy(args) -> None:
+    """Corrects two decisions of accelerate's that would cost digits under FSDP2, and memory.
 
-    Between passes FSDP2 would else hold whole gradients on every device, and add them up there in the compute type:
-    with --bf16 True 2 bytes per parameter, in bfloat16. Exchanged, they are sharded and added up in float32.
+    Ranks exchange their gradients after every pass of a step, unless --accelerator_config says otherwise. Else FSDP2
+    holds whole ones on every device between passes, and adds them up there in the compute type: with --bf16 True
+    2 bytes per parameter, in bfloat16. Exchanged, they are sharded and added up in float32.
+
+    Only weights are cast, and gradients to be exchanged, as the original's FSDP did. accelerate's policy also rounds
+    what goes into the model and comes out of it: the loss, and in padding-free passes the weights of tokens.
     """
     config = args.accelerator_config
     config.gradient_accumulation_kwargs = {"sync_each_batch": True, **(config.gradient_accumulation_kwargs or {})}
+    if args.bf16 or args.fp16:
+        half = torch.bfloat16 if args.bf16 else torch.float16
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, cast_forward_inputs=False)
+        args.fsdp_plugin_args["mixed_precision_policy"] = policy
 
 
 def read_deepspeed(args) -> None:

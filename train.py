@@ -162,7 +162,7 @@ class TrainingArguments(transformers.TrainingArguments):
             sharding.read_deepspeed(self)
         super().__post_init__()
         if self.fsdp:
-            sharding.reduce_every_pass(self)
+            sharding.spare_accuracy(self)
 
 
 def parse_arguments(argv: Sequence[str] | None = None):
@@ -386,7 +386,9 @@ def train() -> None:
     if args.fsdp:
         sharding.fit_fsdp(args, skeleton)
     dropout = model_args.lora_dropout if model_args.lora_r else 0.0
-    packed, shared, why_not = packing.choose(skeleton.config, args.padding_free, args.shared_prefix, dropout)
+    packed, shared, why_not = packing.choose(
+        skeleton.config, args.padding_free, args.shared_prefix, dropout, args.n_gpu
+    )
     if why_not:
         say(why_not)
     with args.main_process_first(local=True):

@@ -4,7 +4,8 @@
 
 accelerate 1.15 never promotes its multi-CPU mode to FSDP and hands DeepSpeed no backend without an accelerator. Both
 are mended here, outside the shipped script, which says that it goes on data-parallel instead. COMMANDS.json is a list
-of train.py's argument lists; they run one after another in the same processes, which saves their start-up.
+of train.py's argument lists; they run one after another in the same processes, which saves their start-up. With
+--plain in a list nothing is mended for it, with --half --bf16 True is obeyed as on a GPU.
 """
 
 import importlib
@@ -58,7 +59,8 @@ def run(argv: list[str]) -> None:
     PartialState._prepare_backend = prepare_backend if plain else prepare_gloo_backend
     FSDPModule.set_requires_gradient_sync = set_requires_gradient_sync
     sharding.has_accelerator = lambda: not plain
-    sys.argv = ["train.py", *(argument for argument in argv if argument != "--plain")]
+    sharding.has_bfloat16 = lambda: "--half" in argv
+    sys.argv = ["train.py", *(argument for argument in argv if argument not in ("--plain", "--half"))]
     train.train()
 
 
