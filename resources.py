@@ -1,5 +1,6 @@
 """What a run takes: an estimate of its memory and disk before it starts, its speed while it runs."""
 
+import contextlib
 import math
 import os
 import resource
@@ -200,7 +201,7 @@ def closing_table(state, throughput: "Throughput") -> str:
     rows = [
         ("steps", f"{state.global_step:,}"),
         ("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "-"),
-        ("time", f"{total['seconds']:,.1f} s"),
+        ("time", f"{total['seconds']:,.1f} s, without evaluations and saves"),
         ("tokens", f"{total['tokens']:,.0f} computed, {total['useful']:,.0f} useful (without padding)"),
         ("tokens/s", f"{rates['tokens_per_s']:,} computed, {rates['useful_tokens_per_s']:,} useful"),
         ("MFU", f"{rates['mfu']:.1%}, of the hardware's work {rates['hardware_mfu']:.1%}"),
@@ -394,6 +395,13 @@ class Throughput:
         self.tokens = self.logits = 0
         self.useful = self.squares = 0.0
         self.since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leaves out the time of what is no training: an evaluation, a save."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
 
     def add(self, computed: int, logits: int, lengths) -> None:
         """Counts a pass.

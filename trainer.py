@@ -1,6 +1,7 @@
 """The Hugging Face Trainer with the original's loss, whole checkpoints and a stop when the loss is no number."""
 
 import os
+import time
 from collections.abc import Mapping
 
 import torch
@@ -52,6 +53,7 @@ class AlpacaTrainer(packing.PackedTrainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         self.throughput.restart()
+        self._started = time.perf_counter()
         return super()._inner_training_loop(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -126,9 +128,15 @@ class AlpacaTrainer(packing.PackedTrainer):
         """Adds speed, memory and the time that is left to the lines that carry a training loss."""
         if "loss" in logs:
             logs.update(self.throughput.report(self._sum_over_ranks))
-            per_step = self.throughput.total["seconds"] / max(1, self.state.global_step - (self._first_step or 0))
+            so_far = time.perf_counter() - self._started  # evaluations and saves take their time again
+            per_step = so_far / max(1, self.state.global_step - (self._first_step or 0))
             logs["hours_left"] = round(per_step * (self.state.max_steps - self.state.global_step) / 3600, 3)
         super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """Evaluates; the time it takes is not training's."""
+        with self.throughput.paused():
+            return super().evaluate(*args, **kwargs)
 
     def _sum_over_ranks(self, counts: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(counts.to(self.args.device), "sum")
@@ -144,7 +152,8 @@ class AlpacaTrainer(packing.PackedTrainer):
     def _save_checkpoint(self, model, trial):
         target = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         writers = (self.is_world_process_zero(), self.is_local_process_zero())
-        with checkpoint.staged(target, writers, self.accelerator.wait_for_everyone) as folder:
+        staged = checkpoint.staged(target, writers, self.accelerator.wait_for_everyone)
+        with self.throughput.paused(), staged as folder:
             self._staging = os.path.dirname(folder)
             super()._save_checkpoint(model, trial)
             self._staging = None
