@@ -287,12 +287,12 @@ def _trainer(job: dict, settings: dict, examples: list[dict]):
     collator = DataCollatorForSupervisedDataset(_Padding())
     numbered = [{**example, "record": torch.tensor(i)} for i, example in enumerate(examples)]
     shape = resources.model_shape(skeleton)
-    print(resources.choose_resharding(shape, args, packed))
+    job["notes"] = [resources.choose_resharding(shape, args, packed)]
     tokens = resources.tokens_per_pass(shape, args)
     model = _random_model(settings)
     trainer = AlpacaTrainer(model=model, args=args, train_dataset=numbered, data_collator=collator, shape=shape)
     if packed:
-        print(trainer.pack(args.max_tokens_per_pass or tokens, shared))
+        job["notes"].append(trainer.pack(args.max_tokens_per_pass or tokens, shared))
         if torch.cuda.is_available():  # as train.py's --compile_layers auto
             packed_model.compile_layers(model)
     return trainer
@@ -409,6 +409,7 @@ class Counter:
             "seconds_per_step": round(step_seconds, 4),
             "hours_for_3_epochs": round(step_seconds * FULL_RUN / 3600, 3),
             "parameters": self.body + 2 * self.head,
+            "notes": [line for line in job.get("notes", []) if line],
         }
 
 
