@@ -361,6 +361,15 @@ def test_true_is_refused_in_one_line_where_it_cannot_be(kind, settings, padding_
     assert "\n" not in str(error.value)
 
 
+def test_one_process_that_drives_several_gpus_goes_on_padded():
+    """torch.nn.DataParallel would hand every GPU the whole pass."""
+    *chosen, why_not = packing.choose(AutoConfig.for_model("llama"), "auto", "auto", gpus=4)
+    assert chosen == [False, False]
+    assert "torchrun --nproc_per_node=4" in why_not
+    with pytest.raises(UserError, match="--padding_free true: one process drives 4 GPUs"):
+        packing.choose(AutoConfig.for_model("llama"), "true", "auto", gpus=4)
+
+
 def test_lora_dropout_counts_as_dropout():
     config = AutoConfig.for_model("llama")
     assert packing.choose(config, "auto", "auto", lora_dropout=0.05)[:2] == (False, False)
@@ -428,16 +437,33 @@ def test_varlen_attentions_arguments_mean_the_same_documents(examples, reference
     assert loss.item() == pytest.approx(reference("llama", "micro_batch")[0], rel=1e-2)
 
 
-def test_a_world_of_one_under_fsdp2_holds_the_masters_of_adamw(examples):
-    """bfloat16 compute, float32 masters: what AdamW does to them is what it does to plain float32 weights."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def test_a_world_of_one_under_fsdp2_holds_the_masters_of_adamw(examples, monkeypatch):
+    """bfloat16 compute, float32 masters: what AdamW does to them is what it does to plain float32 weights.
 
+    Neither tokens' weights on their way in nor the loss on its way out are rounded.
+    """
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import fully_shard
+
+    import sharding
+
+    args = SimpleNamespace(bf16=True, fp16=False, fsdp_plugin_args={"fsdp_version": 2})
+    args.accelerator_config = SimpleNamespace(gradient_accumulation_kwargs=None)
+    sharding.spare_accuracy(args)
+    plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    plugin.set_mixed_precision("bf16")  # as the Accelerator does
+    policy, kinds, weigh = plugin.mixed_precision_policy, set(), packed_model.supervised_loss
+
+    def supervised_loss(hidden_states, lm_head, targets, weights):
+        kinds.add((hidden_states.dtype, weights.dtype))
+        return weigh(hidden_states, lm_head, targets, weights)
+
+    monkeypatch.setattr(packed_model, "supervised_loss", supervised_loss)
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         model, plain = make_model(dtype=torch.float32), make_model(dtype=torch.float32)
         packed_model.install(model)
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in model.model.layers:
             fully_shard(layer, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
@@ -445,7 +471,8 @@ def test_a_world_of_one_under_fsdp2_holds_the_masters_of_adamw(examples):
         model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda module, _: seen.append(module.weight.dtype))
         optimizers = [torch.optim.AdamW(m.parameters(), lr=2e-5, weight_decay=0.01) for m in (model, plain)]
         for step in range(3):
-            packed_loss(model, micro_batches(examples[step:][:8], 4), "micro_batch", True, 600)
+            loss, _ = packed_loss(model, micro_batches(examples[step:][:8], 4), "micro_batch", True, 600)
+            assert loss.dtype == torch.float32
             for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
                 other.grad = mine.grad.full_tensor().clone()
                 assert mine.dtype == mine.grad.dtype == torch.float32
@@ -453,6 +480,7 @@ def test_a_world_of_one_under_fsdp2_holds_the_masters_of_adamw(examples):
                 optimizer.step()
                 optimizer.zero_grad()
         assert set(seen) == {torch.bfloat16}
+        assert kinds == {(torch.bfloat16, torch.float64)}
         states = optimizers[0].state.values()
         assert {state[name].dtype for state in states for name in ("exp_avg", "exp_avg_sq")} == {torch.float32}
         for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
@@ -553,6 +581,8 @@ def assert_same_run(folder, expected, steps: int = 4) -> None:
         torch.testing.assert_close(found[name], weights[name], rtol=1e-3, atol=2e-5)
 
 
+UNEVEN = ["--eval_fraction", "0.075", "--eval_strategy", "steps", "--eval_steps", "1"]
+UNEVEN += ["--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "1"]
 WAYS = {
     "ddp": ["--plain"],
     "ddp, global": ["--plain", "--loss_reduction", "global"],
@@ -560,7 +590,21 @@ WAYS = {
     "fsdp, resharded": ["--fsdp", "full_shard auto_wrap", "--fsdp_config", '{"fsdp_reshard_after_forward": true}'],
     "fsdp, checkpointing": ["--fsdp", "full_shard auto_wrap", "--gradient_checkpointing", "True"],
     "lora": ["--plain", "--lora_r", "4", "--lora_dropout", "0.0"],
+    # 37 examples: ranks repeat some, and each epoch's last step has one micro-batch; evaluated after every step
+    "uneven": ["--plain", *UNEVEN, "--num_train_epochs", "2", "--loss_reduction", "global"],
+    "dropped": ["--plain", *UNEVEN, "--dataloader_drop_last", "True"],
+    # weights are whole after an evaluation, and sharded again in what is saved
+    "fsdp, uneven": [
+        "--fsdp",
+        "full_shard auto_wrap",
+        *UNEVEN,
+        "--num_train_epochs",
+        "2",
+        "--loss_reduction",
+        "global",
+    ],
 }
+STEPS = {"uneven": 8, "dropped": 3, "fsdp, uneven": 8}
 
 
 def test_two_ranks_of_train_py_end_with_the_padded_runs_weights(trainee, tmp_path, root):
@@ -577,14 +621,17 @@ def test_two_ranks_of_train_py_end_with_the_padded_runs_weights(trainee, tmp_pat
     run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
     assert "padding-free: passes of at most 300 tokens, shared prefixes of" in run.stdout
-    assert run.stdout.count("FSDP2 keeps gathered weights") == 2  # said once each where the choice was free
+    assert run.stdout.count("FSDP2 keeps gathered weights") == 3  # said once each where the choice was free
     assert [line for line in run.stdout.splitlines() if line.startswith("resharding: ")] == [
-        f"resharding: {way}" for way in ("False", "True", "False")
+        f"resharding: {way}" for way in ("False", "True", "False", "False")
     ]
     assert "gradients wait whole" not in run.stdout  # FSDP2 would hold all of them on each device
     for way in WAYS:
-        padded = f"padded {way}" if (tmp_path / f"padded {way}").exists() else "padded ddp"
-        assert_same_run(tmp_path / way, tmp_path / padded)
+        padded = f"padded {way.removeprefix('fsdp, ')}"
+        padded = padded if (tmp_path / padded).exists() else "padded ddp"
+        assert_same_run(tmp_path / way, tmp_path / padded, STEPS.get(way, 4))
+        assert logged(tmp_path / way, "eval_loss") == pytest.approx(logged(tmp_path / padded, "eval_loss"), abs=2e-5)
+    assert len(logged(tmp_path / "uneven", "eval_loss")) == 8 + 1
 
 
 def test_losses_are_those_of_the_original_over_32_steps(reference_dir, tmp_path, root):
@@ -619,7 +666,18 @@ def test_a_single_process_under_fsdp2_ends_with_the_padded_runs_weights(trainee,
 
     common = [*trainee, "--gradient_accumulation_steps", "6"]
     flags = ["--output_dir", str(tmp_path / "one"), "--fsdp", "full_shard auto_wrap"]
-    (tmp_path / "commands.json").write_text(json.dumps([[*common, *flags]]))
+    half = [
+        "--output_dir",
+        str(tmp_path / "half"),
+        "--fsdp",
+        "full_shard auto_wrap",
+        "--half",
+        "--bf16",
+        "True",
+        "--use_cpu",
+        "True",
+    ]
+    (tmp_path / "commands.json").write_text(json.dumps([[*common, *flags], [*common, *half]]))
     # No torchrun: train.py makes its own world.
     script = [sys.executable, os.path.join(root, "tests", "cpu_sharding.py"), str(tmp_path / "commands.json")]
     run = subprocess.run(script, capture_output=True, text=True, cwd=root)
@@ -629,6 +687,8 @@ def test_a_single_process_under_fsdp2_ends_with_the_padded_runs_weights(trainee,
     monkeypatch.setattr(sys, "argv", ["train.py", *common, *flags])
     train.train()
     assert_same_run(tmp_path / "one", tmp_path / "padded")
+    assert logged(tmp_path / "half") == pytest.approx(logged(tmp_path / "one"), rel=2e-2)
+    assert all(loss != torch.tensor(loss).bfloat16().item() for loss in logged(tmp_path / "half"))
 
 
 SEVEN_BILLION = resources.ModelShape(6_738_423_808, 6_738_423_808, 6_607_343_616, 202_383_360, 4096, 32, 32_001)
@@ -687,6 +747,37 @@ def test_padded_batches_leave_more_room_for_gathered_weights(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 2**30, 80 * 2**30))
     args = on_a_gpu(fsdp=True, world_size=4)
     assert resources.choose_resharding(SEVEN_BILLION, args, packed=False).startswith("FSDP2 keeps")
+
+
+def test_speed_is_trainings_alone_and_the_time_left_everythings(trainee, tmp_path, monkeypatch):
+    """A clock that only evaluations (100 s), saves (1,000 s) and passes (1 s) move."""
+    import train
+    import trainer
+
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+
+    def taking(seconds, function):
+        def slow(*args, **kwargs):
+            clock.now += seconds
+            return function(*args, **kwargs)
+
+        return slow
+
+    monkeypatch.setattr(resources, "peak_flops", lambda device: (1e9, "a test"))
+    monkeypatch.setattr(resources, "time", clock)
+    monkeypatch.setattr(trainer, "time", clock)
+    for name, seconds in (("evaluation_loop", 100), ("_save_checkpoint", 1000)):
+        monkeypatch.setattr(packing.Trainer, name, taking(seconds, getattr(packing.Trainer, name)))
+    monkeypatch.setattr(packed_model, "_packed_loss", taking(1, packed_model._packed_loss))
+    flags = ["--max_steps", "4", "--eval_fraction", "0.2", "--eval_strategy", "steps", "--eval_steps", "2"]
+    flags += ["--save_strategy", "steps", "--save_steps", "2", "--gradient_accumulation_steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *trainee, *flags, "--output_dir", str(tmp_path / "out")])
+    train.train()
+    rates = logged(tmp_path / "out", "useful_tokens_per_s")
+    assert len(rates) == 4
+    assert all(20 < rate < 2 * 256 for rate in rates)  # the tokens of two examples in a second
+    left = logged(tmp_path / "out", "hours_left")
+    assert left == [round(s / 3600, 3) for s in (3 * 1, 2 * 1, 1103 / 3, 0)]
 
 
 @pytest.mark.parametrize(("layers_that_fit", "forward_passes"), [(2.1, 1), (1.5, 2)], ids=["plenty", "too little"])
@@ -917,6 +1008,7 @@ def test_throughput_is_measured_row_by_row(benchmark, trainee, tmp_path, real_te
     assert padded["work_per_useful_token"] > 1.1
     assert shared["work_per_useful_token"] < 1
     assert padded["ratio"] == 1
+    assert shared["notes"][0].startswith("padding-free: passes of at most 2,048 tokens, shared prefixes of")
 
 
 def test_a_row_that_fails_does_not_cost_the_others(monkeypatch, tmp_path, root, capsys):
