@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from corrections import CorrectionReader, CorrectionWriter
 
 WINDOW = 1 << 16
+EVICTED_BYTES = 8 << 20  # at a time
 THREADS = max(2, min(4, os.cpu_count() or 1))
 # Every float16 as float32: looking them up is twice as fast as numpy's conversion.
 _HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
@@ -71,11 +72,20 @@ class Sha256AndChecksum:
 
 
 class Source:
-    """Reads one tensor front to back in windows, and gives `digest` what it reads."""
+    """Reads one tensor front to back in windows, and gives `digest` what it reads.
 
-    def __init__(self, tensor: Tensor, window: int = WINDOW, digest: Digest | None = None):
+    Args:
+        tensor: what to read.
+        window: the most elements to be read at once.
+        digest: sees what `read` gives.
+        evict: whether what was read leaves the page cache. Gigabytes that nobody reads again would push out what others
+            use, and the kernel looks longer for a page to write to than it takes to fill it.
+    """
+
+    def __init__(self, tensor: Tensor, window: int = WINDOW, digest: Digest | None = None, evict: bool = False):
         self.tensor = tensor
         self.digest = digest
+        self._evicted = tensor.offset if evict and hasattr(os, "posix_fadvise") else None
         self._descriptor = os.open(tensor.path, os.O_RDONLY)
         self._buffer = memoryview(bytearray(window * STORED[tensor.dtype].itemsize))
 
@@ -90,7 +100,14 @@ class Source:
         window = self.peek(start, stop)
         if self.digest:
             self.digest.update(window)
+        if self._evicted is not None:
+            self._evict(self.tensor.offset + start * window.itemsize)
         return window
+
+    def _evict(self, end: int) -> None:
+        if end - self._evicted >= EVICTED_BYTES:
+            os.posix_fadvise(self._descriptor, self._evicted, end - self._evicted, os.POSIX_FADV_DONTNEED)
+            self._evicted = end
 
     def peek(self, start: int, stop: int) -> np.ndarray:
         """As `read`, from anywhere in the tensor, without the digest."""
@@ -318,7 +335,7 @@ def add(
     """
     dtype, out_dtype = dtypes
     sha256, total = sink.digest if dtype == out_dtype else hashlib.sha256(), 0.0
-    a, b = np.empty((2, WINDOW), np.float32)
+    a = np.empty(WINDOW, np.float32)
     scratch = np.empty(WINDOW, np.uint32)
     stored, out = np.empty(WINDOW, STORED[dtype]), np.empty(WINDOW, STORED[out_dtype])
     with np.errstate(all="ignore"):
@@ -328,7 +345,7 @@ def add(
             window = diff.read(start, stop)
             values = as_float32(window, diff.tensor.dtype, a[:n])
             for _ in range(times):
-                values = np.add(values, raw, out=b[:n])
+                values = np.add(values, raw, out=values)
             if not corrections.exact:
                 total += float(np.add.reduce(values, dtype=np.float64))
             tuned = from_float32(values, dtype, stored[:n], scratch[:n])

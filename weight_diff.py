@@ -104,8 +104,8 @@ def make_diff(
             corrections = CorrectionWriter(spool)
             raw_digest, diff_digest, tuned_digest = Sha256AndChecksum(), Sha256AndChecksum(), hashlib.sha256()
             with (
-                Source(base, digest=raw_digest) as r,
-                Source(other, digest=tuned_digest) as t,
+                Source(base, digest=raw_digest, evict=True) as r,
+                Source(other, digest=tuned_digest, evict=True) as t,
                 Sink(output.tensors[name], diff_digest) as d,
             ):
                 subtract(Base(r, added_row(base, other)), t, d, corrections, work.progress)
@@ -249,8 +249,8 @@ class _Addition:
         corrections = CorrectionReader(self._corrections, name)
         sha256 = hashlib.sha256()
         with (
-            Source(base, digest=Checksum()) as r,
-            Source(diff, digest=Checksum()) as d,
+            Source(base, digest=Checksum(), evict=True) as r,
+            Source(diff, digest=Checksum(), evict=True) as d,
             Sink(target, sha256) as t,
         ):
             side = Base(r, added_row(base, diff), entry["raw"]["dtype"] if entry else None)
