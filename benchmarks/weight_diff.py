@@ -107,7 +107,7 @@ def measure(command: list[str], target: str) -> dict:
     return {name: round(figure, 2) for name, figure in figures.items()}
 
 
-def run_size(size: str, folder: str, rounds: int, reference: bool) -> dict:
+def run_size(size: str, folder: str, rounds: int, reference: bool, pause: float) -> dict:
     """All figures of one size, medians over rounds in which all take their turn."""
     names = ("raw", "tuned", "diff", "out", "copy", "plain_diff", "plain_out")
     raw, tuned, diff, out, copy, plain_diff, plain_out = (os.path.join(folder, name) for name in names)
@@ -131,6 +131,7 @@ def run_size(size: str, folder: str, rounds: int, reference: bool) -> dict:
             for path in [os.path.join(i, n) for i in inputs for n in os.listdir(i)]:
                 subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
             os.sync()
+            time.sleep(pause)
             runs.setdefault(name, []).append(measure(command, target))
             if name == "recover":
                 same = all(filecmp.cmp(os.path.join(tuned, n), os.path.join(out, n), False) for n in os.listdir(tuned))
@@ -161,6 +162,7 @@ def run(
     work_dir: str = "/tmp/weight_diff_benchmark",
     rounds: int = 5,
     reference: bool = True,
+    pause: float = 0,
     output: str = os.path.join(ROOT, "benchmarks", "results", "weight_diff.json"),
 ) -> None:
     """Measures and writes the result.
@@ -170,6 +172,9 @@ def run(
         work_dir: a folder that does not exist, on the disk to measure; removed at the end.
         rounds: runs of each, in turn; the median counts.
         reference: whether to run the two models in memory as well.
+        pause: seconds of rest before each run. An idle virtual machine hands free memory back to its host, and pays for
+            every page that it takes again: so begins a command that is run once. Without rest, cp finds the memory
+            ready that the last run has just freed.
         output: the result's file.
     """
     work_dir = os.path.abspath(work_dir)
@@ -179,13 +184,14 @@ def run(
         "device": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release()}",
         "versions": {name: version(name) for name in ("numpy", "torch", "transformers")},
         "commit": subprocess.getoutput(f"git -C {ROOT} rev-parse --short HEAD"),
+        "pause_seconds": pause,
         "sizes": {},
     }  # fmt: skip
     for size in sizes.split(","):
         if size not in SHAPES:
             raise UserError(f"--sizes takes {', '.join(SHAPES)}, found {size}")
         try:
-            result["sizes"][size] = run_size(size, os.path.join(work_dir, size), rounds, reference)
+            result["sizes"][size] = run_size(size, os.path.join(work_dir, size), rounds, reference, pause)
         finally:
             shutil.rmtree(work_dir, ignore_errors=True)
         print(size, json.dumps(result["sizes"][size], indent=1))

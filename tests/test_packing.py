@@ -749,6 +749,14 @@ def test_padded_batches_leave_more_room_for_gathered_weights(monkeypatch):
     assert resources.choose_resharding(SEVEN_BILLION, args, packed=False).startswith("FSDP2 keeps")
 
 
+@pytest.mark.parametrize(("share", "keeps"), [(0.89, True), (0.95, False)])
+def test_a_tenth_of_the_free_memory_stays_free_where_gathered_weights_are_kept(monkeypatch, share, keeps):
+    args = on_a_gpu(fsdp=True, world_size=4)
+    need = resources.estimate(SEVEN_BILLION, resources.replace(resources.plan_of(args), reshards=False))[0]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (need / share, need / share))
+    assert resources.choose_resharding(SEVEN_BILLION, args, packed=False).startswith("FSDP2 keeps") == keeps
+
+
 def test_speed_is_trainings_alone_and_the_time_left_everythings(trainee, tmp_path, monkeypatch):
     """A clock that only evaluations (100 s), saves (1,000 s) and passes (1 s) move."""
     import train
