@@ -84,6 +84,7 @@ class Plan:
         checkpointing: whether activations are recomputed.
         masters: bytes of a trained weight; its gradient and Adam's two moments take as many each.
         reshards: whether FSDP frees the weights it gathered for a layer's forward pass, to gather them again.
+        scratch: bytes per trained weight that the optimizer takes during its step.
     """
 
     sharding: str
@@ -95,6 +96,7 @@ class Plan:
     checkpointing: bool = False
     masters: int = 4
     reshards: bool = True
+    scratch: int = 0
 
 
 def estimate(shape: ModelShape, plan: Plan) -> tuple[float, float]:
@@ -105,7 +107,8 @@ def estimate(shape: ModelShape, plan: Plan) -> tuple[float, float]:
     in the compute type on every device, a world of one included, where gathering is a cast. Activations are 34 bytes
     per token, hidden unit and layer in 16 bits (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
     Transformer Models", without the attention matrix, which fused kernels don't store), twice that in 32; logits are
-    held in the compute type and, with their softmax and gradient, in float32.
+    held in the compute type and, with their softmax and gradient, in float32. The optimizer's scratch memory is taken
+    when those have been freed.
 
     Returns:
         Bytes on each device, and bytes in the memory of this machine (on a CPU both are the host's).
@@ -120,17 +123,17 @@ def estimate(shape: ModelShape, plan: Plan) -> tuple[float, float]:
     activations += tokens * shape.hidden * compute * shape.layers if plan.checkpointing else 0
     activations += tokens * shape.vocabulary * (compute + 12)
     gathered = compute * (shape.largest_unit + (shape.largest_unit if plan.reshards else shape.parameters))
+    scratch = plan.scratch * shape.trainable
     if plan.sharding == "none":
         autocast = 2 * shape.trainable if plan.half and plan.masters == 4 else 0
-        device, host = states + autocast, plan.local * weights
-    elif plan.sharding == "fsdp":  # rank 0 alone loads the weights and sends each rank its part
-        device, host = states / plan.world + gathered, weights
-    elif plan.sharding == "offload":  # likewise, and the parts come to lie beside what rank 0 loaded
-        device, host = gathered, max(weights + plan.local * weights / plan.world, plan.local * states / plan.world)
+        return states + max(autocast + activations, scratch), plan.local * weights
+    if plan.sharding == "fsdp":  # rank 0 alone loads the weights and sends each rank its part
+        return states / plan.world + max(gathered + activations, scratch / plan.world), weights
+    if plan.sharding == "offload":  # likewise, and the parts come to lie beside what rank 0 loaded
+        host = max(weights + plan.local * weights / plan.world, plan.local * states / plan.world)
     else:  # ZeRO-3 keeps 16-bit weights beside the float32 ones
-        device = gathered
         host = plan.local * (states + (2 * shape.parameters if plan.half else 0)) / plan.world + 4 * shape.parameters
-    return device + activations, host
+    return gathered + activations, host
 
 
 RECIPES = (  # flags that change the plan, the fastest first
@@ -226,6 +229,8 @@ def plan_of(args) -> Plan:
         checkpointing=bool(args.gradient_checkpointing),
         masters=2 if args.pure_bf16 else 4,
         reshards=not args.fsdp or args.fsdp_plugin_args["reshard_after_forward"],
+        # On a GPU torch.optim.AdamW takes the roots of all second moments at once, unless it is fused.
+        scratch=(2 if args.pure_bf16 else 4) if args.device.type == "cuda" and args.optim == "adamw_torch" else 0,
     )
 
 
@@ -251,7 +256,7 @@ def tokens_per_pass(shape: ModelShape, args) -> int:
 
     Nine tenths of what is left beside the weights go to activations. Fewer than one example's tokens are of no use.
     """
-    plan = plan_of(args)
+    plan = replace(plan_of(args), scratch=0)  # the step's: no pass is under way then
     empty, one = (estimate(shape, replace(plan, batch=tokens, length=1))[0] for tokens in (0, 1))
     there, _ = free_memory(args.device)
     return max(args.model_max_length, min(most_tokens(args), int(0.9 * (there - empty) / (one - empty))))

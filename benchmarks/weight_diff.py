@@ -107,7 +107,7 @@ def measure(command: list[str], target: str) -> dict:
     return {name: round(figure, 2) for name, figure in figures.items()}
 
 
-def run_size(size: str, folder: str, rounds: int, reference: bool, pause: float) -> dict:
+def run_size(size: str, folder: str, rounds: int, reference: bool, cold: bool) -> dict:
     """All figures of one size, medians over rounds in which all take their turn."""
     names = ("raw", "tuned", "diff", "out", "copy", "plain_diff", "plain_out")
     raw, tuned, diff, out, copy, plain_diff, plain_out = (os.path.join(folder, name) for name in names)
@@ -127,11 +127,14 @@ def run_size(size: str, folder: str, rounds: int, reference: bool, pause: float)
         commands["two models: recover"] = ([*two, "recover", raw, plain_diff, plain_out], [raw, plain_diff], plain_out)
     for _ in range(rounds):
         for name, (command, inputs, target) in commands.items():
-            # The same start for all: inputs in the page cache, nothing left to be written of what ran before.
-            for path in [os.path.join(i, n) for i in inputs for n in os.listdir(i)]:
-                subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
+            # The same start for all: inputs in the page cache, or none, and nothing left to write of what ran before.
             os.sync()
-            time.sleep(pause)
+            for path in [os.path.join(i, n) for i in inputs for n in os.listdir(i)]:
+                if cold:
+                    with open(path, "rb") as file:
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                else:
+                    subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
             runs.setdefault(name, []).append(measure(command, target))
             if name == "recover":
                 same = all(filecmp.cmp(os.path.join(tuned, n), os.path.join(out, n), False) for n in os.listdir(tuned))
@@ -162,7 +165,7 @@ def run(
     work_dir: str = "/tmp/weight_diff_benchmark",
     rounds: int = 5,
     reference: bool = True,
-    pause: float = 0,
+    cold: bool = False,
     output: str = os.path.join(ROOT, "benchmarks", "results", "weight_diff.json"),
 ) -> None:
     """Measures and writes the result.
@@ -172,9 +175,7 @@ def run(
         work_dir: a folder that does not exist, on the disk to measure; removed at the end.
         rounds: runs of each, in turn; the median counts.
         reference: whether to run the two models in memory as well.
-        pause: seconds of rest before each run. An idle virtual machine hands free memory back to its host, and pays for
-            every page that it takes again: so begins a command that is run once. Without rest, cp finds the memory
-            ready that the last run has just freed.
+        cold: whether inputs are read from the disk rather than from the page cache.
         output: the result's file.
     """
     work_dir = os.path.abspath(work_dir)
@@ -184,14 +185,14 @@ def run(
         "device": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release()}",
         "versions": {name: version(name) for name in ("numpy", "torch", "transformers")},
         "commit": subprocess.getoutput(f"git -C {ROOT} rev-parse --short HEAD"),
-        "pause_seconds": pause,
+        "cold": cold,
         "sizes": {},
     }  # fmt: skip
     for size in sizes.split(","):
         if size not in SHAPES:
             raise UserError(f"--sizes takes {', '.join(SHAPES)}, found {size}")
         try:
-            result["sizes"][size] = run_size(size, os.path.join(work_dir, size), rounds, reference, pause)
+            result["sizes"][size] = run_size(size, os.path.join(work_dir, size), rounds, reference, cold)
         finally:
             shutil.rmtree(work_dir, ignore_errors=True)
         print(size, json.dumps(result["sizes"][size], indent=1))

@@ -699,6 +699,7 @@ def on_a_gpu(**changes) -> SimpleNamespace:
     flags = {"deepspeed": None, "fsdp": None, "fsdp_config": {}, "world_size": 1, "bf16": True, "fp16": False}
     flags |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "model_max_length": 512}
     flags |= {"pure_bf16": False, "gradient_checkpointing": False, "max_tokens_per_pass": 0}
+    flags |= {"optim": "adamw_torch"}
     flags |= {"fsdp_plugin_args": {"reshard_after_forward": True}, "device": torch.device("cuda"), **changes}
     return SimpleNamespace(**flags)
 
