@@ -282,7 +282,8 @@ def choose_resharding(shape: ModelShape, args, packed: bool) -> str:
     if packed:
         step = tokens * args.gradient_accumulation_steps
         tokens = args.max_tokens_per_pass or max(args.model_max_length, min(most_tokens(args), step))
-    keeping, freeing = (replace(plan_of(args), reshards=reshards, batch=tokens, length=1) for reshards in (False, True))
+    plan = replace(plan_of(args), batch=tokens, length=1, scratch=0)  # the step finds gathered weights freed
+    keeping, freeing = (replace(plan, reshards=reshards) for reshards in (False, True))
     need, there = estimate(shape, keeping)[0], free_memory(args.device)[0]
     more = gib(need - estimate(shape, freeing)[0])
     args.fsdp_plugin_args["reshard_after_forward"] = reshards = need > 0.9 * there

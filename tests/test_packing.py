@@ -739,7 +739,7 @@ def test_gathered_weights_are_kept_where_the_longest_pass_fits_beside_them(monke
     assert args.fsdp_plugin_args["reshard_after_forward"] == reshards
     assert line.startswith("FSDP2 gathers weights for forward and backward each" if reshards else "FSDP2 keeps")
     assert "12.2 GiB" in line  # 2 bytes per parameter, less the layer that a run gathers in either case
-    empty = resources.replace(resources.plan_of(args), batch=0)
+    empty = resources.replace(resources.plan_of(args), batch=0, scratch=0)
     kept, freed = (resources.estimate(SEVEN_BILLION, resources.replace(empty, reshards=r))[0] for r in (False, True))
     assert kept - freed == 2 * (SEVEN_BILLION.parameters - SEVEN_BILLION.largest_unit)
 
