@@ -4,6 +4,7 @@ Safetensors and 2023's `pytorch_model*.bin`, single or sharded. A safetensors fi
 so numpy is enough for it; only a .bin file needs torch, to tell where its tensors lie. Nothing pickled is executed.
 """
 
+import errno
 import json
 import os
 import pickle
@@ -241,8 +242,7 @@ class Output:
         for path, header in self.headers.items():
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                if hasattr(os, "posix_fallocate"):  # takes the disk space now, and makes writing a quarter faster
-                    os.posix_fallocate(descriptor, 0, self.sizes[path])
+                _take_space(descriptor, self.sizes[path])
                 os.ftruncate(descriptor, self.sizes[path])
                 os.pwrite(descriptor, header, 0)
             finally:
@@ -268,6 +268,16 @@ class Output:
         self.sizes[path] = 8 + len(text) + end
         for name, (dtype, shape) in specs.items():
             self.tensors[name] = Tensor(name, dtype, shape, path, 8 + len(text) + header[name]["data_offsets"][0])
+
+
+def _take_space(descriptor: int, size: int) -> None:
+    """Takes a file's disk space before it is written, which makes writing a quarter faster, where the disk can."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
 
 
 def plan_output(

@@ -1,5 +1,6 @@
 """weight_diff.py on real checkpoint files: pairs whose noise was added in float64, 7B's tensor names, small shapes."""
 
+import errno
 import filecmp
 import json
 import math
@@ -501,6 +502,19 @@ def test_too_small_a_disk_is_told_before_the_start(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
     assert "GB are free on its disk" in refused(weight_diff.recover, pair[0], pair[2], str(tmp_path / "out"))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("reason", [errno.EOPNOTSUPP, errno.ENOSPC])
+def test_disk_space_is_taken_at_the_start_where_the_file_system_can(pair, tmp_path, monkeypatch, reason):
+    def fallocate(descriptor, offset, size):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    if reason == errno.EOPNOTSUPP:
+        assert_same_files(recover(pair[0], pair[2], str(tmp_path)), pair[1])
+    else:
+        assert "is full; make room" in refused(weight_diff.recover, pair[0], pair[2], str(tmp_path / "out"))
+        assert os.listdir(tmp_path) == ["out.partial"]
 
 
 def test_written_files_are_readable_like_any_other(pair, tmp_path):
