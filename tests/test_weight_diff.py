@@ -716,7 +716,10 @@ def test_memory_is_bounded_and_does_not_grow_with_the_model(tmp_path):
             bins = save(folder / "bin", load(raw), bin_files=True)
             torch_loaded, peak = measured("recover", bins, str(folder / "diff"), str(folder / "from_bin"))
             assert torch_loaded
-            assert peak < 500
+            # A build for GPUs takes 500 MB for its import alone, one for CPUs 220.
+            command = [sys.executable, "-c", "import sys, torch\n" + MEASURED.split("\n")[-2]]
+            alone = subprocess.check_output(command, text=True)
+            assert peak < int(alone.split()[1]) / 1024 + 100
             assert_same_files(folder / "from_bin", tuned)
         shutil.rmtree(folder)
     assert max(peaks) < 100
