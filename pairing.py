@@ -7,7 +7,8 @@ import numpy as np
 
 from checkpoint_files import Checkpoint, Tensor, read_checkpoint
 from diff_manifest import MARK, differing_files, differing_probes, is_tied, read_config, read_manifest
-from tensor_stream import Progress, mean_row, projection, sha256_of
+from row_mean import mean_row
+from tensor_stream import Progress, projection, sha256_of
 from utils import UserError
 
 LM_HEAD = "lm_head.weight"

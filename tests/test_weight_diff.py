@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint_files
+import row_mean
 import tensor_stream
 import weight_diff
 from utils import PROMPT_DICT, UserError
@@ -209,7 +210,7 @@ def test_another_dtype_is_the_tuned_model_rounded_once(tmp_path):
 def test_mean_row_is_torchs_to_the_bit(tmp_path, rows, columns, dtype):
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(DTYPES[dtype])
     save_file({"w": matrix}, tmp_path / "model.safetensors")
-    found = tensor_stream.mean_row(checkpoint_files.read_checkpoint(str(tmp_path)).tensors["w"])
+    found = row_mean.mean_row(checkpoint_files.read_checkpoint(str(tmp_path)).tensors["w"])
     threads = torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
