@@ -9,7 +9,7 @@ import signal
 import zipfile
 from collections.abc import Callable, Iterator
 
-from utils import UserError, jload
+from utils import UserError, jload, nearest_existing
 
 STAGING = ".saving"  # a checkpoint is written here and renamed once all ranks have written all of it
 
@@ -145,10 +145,8 @@ def check_disk(output_dir: str, final_bytes: int, checkpoint_bytes: int, checkpo
     Raises:
         UserError: it doesn't fit.
     """
-    folder = os.path.abspath(output_dir)
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    need, free = final_bytes + checkpoints * checkpoint_bytes, shutil.disk_usage(folder).free
+    free = shutil.disk_usage(nearest_existing(output_dir)).free
+    need = final_bytes + checkpoints * checkpoint_bytes
     parts = f"the final model {gib(final_bytes)}, {checkpoints} checkpoint(s) of {gib(checkpoint_bytes)}"
     if need > free:
         raise UserError(

@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from utils import UserError
+from utils import UserError, nearest_existing
 
 
 @dataclass
@@ -154,9 +154,7 @@ def check_values(model_args, data_args, args) -> None:
     name = model_args.model_name_or_path
     if not os.path.isdir(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise UserError(f"--model_name_or_path {name}: no such folder; expected a model's folder or a Hub id")
-    folder = os.path.abspath(args.output_dir)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
+    folder = nearest_existing(args.output_dir)
     if not os.path.isdir(folder):
         raise UserError(f"--output_dir {args.output_dir}: {folder} is a file; name a folder, new or empty")
     if args.model_max_length < 2:

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from checkpoint_files import Output
 from tensor_stream import Progress, run_jobs
-from utils import UserError
+from utils import UserError, nearest_existing
 
 SUFFIX = ".part"  # of a weights file in the making, which nothing takes for a model
 SPOOL = "corrections.spool"  # what make_diff gathers at its end
@@ -139,10 +139,7 @@ class PartialFolder:
         there = 0
         if os.path.isdir(self.folder):
             there = sum(entry.stat().st_blocks * 512 for entry in os.scandir(self.folder))
-        parent = os.path.dirname(self.target)
-        while not os.path.isdir(parent):
-            parent = os.path.dirname(parent)
-        free = shutil.disk_usage(parent).free + there
+        free = shutil.disk_usage(nearest_existing(self.folder)).free + there
         if free < nbytes + _SPARE_BYTES:
             raise UserError(
                 f"{self.target} needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk; make room first"

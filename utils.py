@@ -111,6 +111,14 @@ def _refusing(path: str, only_full_disk: bool = False) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror}; what stood there before is unchanged") from error
 
 
+def nearest_existing(path: str) -> str:
+    """Gets the deepest part of a path that is there: itself, or the nearest folder above it."""
+    path = os.path.abspath(path)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def jdump(obj: Any, f: str | os.PathLike | IO, mode: str = "w", indent: int = 4, default: Callable = str) -> None:
     """Writes a dict or list as JSON, or a string as it is.
 
