@@ -1,27 +1,14 @@
-"""What a run takes: an estimate of its memory and disk before it starts, its speed while it runs."""
+"""What a run takes: an estimate of its memory and disk, before it starts."""
 
-import contextlib
+import copy
 import math
 import os
-import resource
-import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import checkpoint
 from checkpoint import gib
 from utils import UserError, say
-
-# Dense matmul peaks in FLOP/s, from the makers' data sheets: bfloat16 with float32 accumulation.
-PEAK_BF16 = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "4090": 165e12,
-    "3090": 71e12,
-}
 
 
 @dataclass
@@ -34,6 +21,7 @@ class ModelShape:
         matmul_parameters: those that a token is multiplied with (no embedding lookup).
         largest_unit: parameters of the largest part that FSDP or ZeRO-3 gathers at once.
         hidden, layers, vocabulary: sizes.
+        kept: bytes per token that a layer keeps from its forward pass for its backward pass.
     """
 
     parameters: int
@@ -43,14 +31,15 @@ class ModelShape:
     hidden: int
     layers: int
     vocabulary: int
+    kept: float
 
 
-def model_shape(model, trainable: int | None = None) -> ModelShape:
+def model_shape(model, plan: "Plan") -> ModelShape:
     """Measures a model, which may be on the meta device.
 
     Args:
-        model: a causal language model.
-        trainable: parameters that get gradients; all when None.
+        model: a causal language model, with its adapter if it has one.
+        plan: how it will be trained; decides the type that it computes in.
     """
     config = model.config
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -60,13 +49,57 @@ def model_shape(model, trainable: int | None = None) -> ModelShape:
     units = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in names]
     return ModelShape(
         parameters=total,
-        trainable=total if trainable is None else trainable,
+        trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         matmul_parameters=total - (0 if tied else lookup.numel()),
         largest_unit=max([*units, lookup.numel()]),
         hidden=config.hidden_size,
         layers=config.num_hidden_layers,
         vocabulary=lookup.shape[0],
+        kept=bytes_kept(model, plan),
     )
+
+
+def bytes_kept(model, plan: "Plan") -> float:
+    """Counts what a decoder layer keeps from its forward pass for its backward pass, in bytes per token.
+
+    Copies of the model with one layer and with two compute one example and two, on tensors that have shapes and no
+    data. The difference of the differences is a layer's, without the weights that autocast copies. It depends on the
+    architecture, the type and the adapter: LLaMA keeps 46 bytes per hidden unit in bfloat16, OPT 28.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    names = set(model._no_split_modules or ())
+    autocast = plan.half and plan.sharding == "none"
+    frozen = any(not parameter.requires_grad for parameter in model.parameters())
+    halves = plan.half and (frozen or plan.masters == 2 or not autocast)
+
+    def count(layers: int, examples: int) -> int:
+        part, storages = copy.deepcopy(model), {}
+        for module in list(part.modules()):
+            for name, children in list(module.named_children()):
+                if isinstance(children, torch.nn.ModuleList) and names & {type(child).__name__ for child in children}:
+                    setattr(module, name, children[:layers])
+        for parameter in part.parameters():
+            if halves and not (autocast and parameter.requires_grad):
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+        def keep(tensor):
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            part.to_empty(device="cpu").train()
+            ids = torch.zeros(examples, plan.length, dtype=torch.int64)
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+            with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                part(input_ids=ids, use_cache=False)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    try:
+        return (count(2, 2) - count(1, 2) - count(2, 1) + count(1, 1)) / plan.length
+    except Exception:  # an operator without shapes alone: Korthikanti et al.'s figure for a GPT, with fused attention
+        return 17 * (2 if plan.half else 4) * model.config.hidden_size
 
 
 @dataclass
@@ -102,13 +135,12 @@ class Plan:
 def estimate(shape: ModelShape, plan: Plan) -> tuple[float, float]:
     """Estimates the memory of a run.
 
-    Weights, gradients and Adam's two moments take 4 bytes each (2 in pure bfloat16). A sharded run gathers one layer
-    at a time and the embedding, or, where FSDP doesn't reshard, ends its forward pass with all of them: a whole copy
-    in the compute type on every device, a world of one included, where gathering is a cast. Activations are 34 bytes
-    per token, hidden unit and layer in 16 bits (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
-    Transformer Models", without the attention matrix, which fused kernels don't store), twice that in 32; logits are
-    held in the compute type and, with their softmax and gradient, in float32. The optimizer's scratch memory is taken
-    when those have been freed.
+    Weights, gradients and Adam's two moments take 4 bytes each (2 in pure bfloat16); data-parallel ranks exchange
+    gradients through a second copy. A sharded run gathers one layer at a time and the embedding, or, where FSDP
+    doesn't reshard, ends its forward pass with all of them: a whole copy in the compute type on every device, a world
+    of one included, where gathering is a cast. Activations are what layers keep; logits are held in the compute type
+    and, with their softmax and gradient, in float32. The optimizer's scratch memory is taken when those have been
+    freed. `benchmarks/memory.py` compares the sum with a count of all tensors.
 
     Returns:
         Bytes on each device, and bytes in the memory of this machine (on a CPU both are the host's).
@@ -118,15 +150,15 @@ def estimate(shape: ModelShape, plan: Plan) -> tuple[float, float]:
     weights = plan.masters * shape.trainable + compute * frozen
     states = weights + 3 * plan.masters * shape.trainable
     tokens = plan.batch * plan.length
-    per_layer = tokens * shape.hidden * (17 * compute)
-    activations = per_layer * (1 if plan.checkpointing else shape.layers)
+    activations = tokens * shape.kept * (1 if plan.checkpointing else shape.layers)
     activations += tokens * shape.hidden * compute * shape.layers if plan.checkpointing else 0
     activations += tokens * shape.vocabulary * (compute + 12)
     gathered = compute * (shape.largest_unit + (shape.largest_unit if plan.reshards else shape.parameters))
     scratch = plan.scratch * shape.trainable
     if plan.sharding == "none":
         autocast = 2 * shape.trainable if plan.half and plan.masters == 4 else 0
-        return states + max(autocast + activations, scratch), plan.local * weights
+        exchanged = plan.masters * shape.trainable if plan.world > 1 else 0
+        return states + exchanged + max(autocast + activations, scratch), plan.local * weights
     if plan.sharding == "fsdp":  # rank 0 alone loads the weights and sends each rank its part
         return states / plan.world + max(gathered + activations, scratch / plan.world), weights
     if plan.sharding == "offload":  # likewise, and the parts come to lie beside what rank 0 loaded
@@ -190,28 +222,6 @@ def check_memory(shape: ModelShape, lora: ModelShape, plan: Plan, device) -> str
     if need > there or host_need > host:
         raise UserError(f"{line}: too little. {fitting_recipe(shape, lora, plan, there, host)}")
     return line
-
-
-def closing_table(state, throughput: "Throughput") -> str:
-    """Lays out what a run did.
-
-    Args:
-        state: the Trainer's state.
-        throughput: what it counted.
-    """
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    rates, total = throughput.summary(), throughput.total
-    rows = [
-        ("steps", f"{state.global_step:,}"),
-        ("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "-"),
-        ("time", f"{total['seconds']:,.1f} s, without evaluations and saves"),
-        ("tokens", f"{total['tokens']:,.0f} computed, {total['useful']:,.0f} useful (without padding)"),
-        ("tokens/s", f"{rates['tokens_per_s']:,} computed, {rates['useful_tokens_per_s']:,} useful"),
-        ("MFU", f"{rates['mfu']:.1%}, of the hardware's work {rates['hardware_mfu']:.1%}"),
-        ("peak", f"{throughput.peak / 1e12:,.2f} TFLOP/s per device ({throughput.peak_source})"),
-        ("peak memory", f"{rates['peak_memory_gib']} GiB in this process"),
-    ]
-    return "\n".join(f"{name:<12} {value}" for name, value in rows)
 
 
 def plan_of(args) -> Plan:
@@ -292,19 +302,30 @@ def choose_resharding(shape: ModelShape, args, packed: bool) -> str:
     return f"FSDP2 keeps gathered weights for the backward pass (no reshard_after_forward; {more} per device)"
 
 
-def check(args, lora_r: int, skeleton, examples: int) -> ModelShape:
+def check(args, skeleton, adapt: Callable | None, examples: int) -> ModelShape:
     """Says what the run takes beside what there is, and refuses what cannot fit.
+
+    Args:
+        args: train.py's.
+        skeleton: the model on the meta device.
+        adapt: puts a LoRA adapter into it; None trains all weights.
+        examples: to train on.
 
     Raises:
         UserError: memory or disk is short; the message names what fits.
     """
-    from torch import nn
+    import torch
 
-    linear = [m for m in skeleton.modules() if isinstance(m, nn.Linear) and m is not skeleton.get_output_embeddings()]
-    adapter = sum((m.in_features + m.out_features) * (lora_r or 16) for m in linear)
-    full, lora = model_shape(skeleton), model_shape(skeleton, adapter)
-    shape = lora if lora_r else full
     plan = plan_of(args)
+    if adapt:
+        with torch.device("meta"):
+            shape = lora = model_shape(adapt(copy.deepcopy(skeleton)), plan)
+    else:
+        shape = model_shape(skeleton, plan)
+        head = skeleton.get_output_embeddings()
+        linear = [m for m in skeleton.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        adapter = sum((m.in_features + m.out_features) * 16 for m in linear)
+        lora = replace(shape, trainable=adapter, kept=2 * shape.kept)  # adapters compute in float32, after a dropout
     if not plan.checkpointing and not fits(shape, plan, args.device):
         recomputing = replace(plan, checkpointing=True)
         if fits(shape, recomputing, args.device):
@@ -350,128 +371,6 @@ def host_memory() -> int:
             return available if text == "max" else min(available, int(text) - int(current.read()))
     except (OSError, ValueError):
         return available
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Speed
-
-
-def peak_flops(device) -> tuple[float, str]:
-    """Finds the FLOP/s that a device can reach in matmuls.
-
-    Returns:
-        The number, and where it comes from: the data sheet, or a matmul timed here.
-    """
-    import torch
-
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, peak in PEAK_BF16.items():
-            if part in name:
-                return peak, f"{name}'s data sheet, bfloat16"
-    size = 4096 if device.type == "cuda" else 1024
-    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best, "a float32 matmul timed here"
-
-
-class Throughput:
-    """Counts tokens and time, and puts them in words.
-
-    `tokens` are positions that were computed, padding included; `useful` ones belong to examples. MFU is the share of
-    the devices' peak that the useful tokens' arithmetic makes up: 6 FLOPs per parameter and token (4 where the weights
-    are frozen) and 6 * layers * hidden * length^2 per causal sequence (PaLM, appendix B, halved for causality).
-    Hardware MFU counts what was computed instead: padding and recomputed layers, shared prefixes once, and only those
-    logits that were wanted (attention as before, so padding's is left out).
-    """
-
-    def __init__(self, shape: ModelShape, device, world: int, recomputes: bool = False):
-        """Starts counting for a model on `world` devices like `device`, with gradient checkpointing or without."""
-        self.shape, self.device, self.world, self.recomputes = shape, device, world, recomputes
-        self.peak, self.peak_source = peak_flops(device)
-        self.total = {"tokens": 0.0, "useful": 0.0, "flops": 0.0, "executed": 0.0, "seconds": 0.0}
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets what was counted since the last report."""
-        self.tokens = self.logits = 0
-        self.useful = self.squares = 0.0
-        self.since = time.perf_counter()
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Leaves out the time of what is no training: an evaluation, a save."""
-        start = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - start
-
-    def add(self, computed: int, logits: int, lengths) -> None:
-        """Counts a pass.
-
-        Args:
-            computed: positions computed, padding included.
-            logits: positions whose logits were computed.
-            lengths: true lengths of its sequences, a tensor on any device.
-        """
-        self.tokens += computed
-        self.logits += logits
-        self.useful = self.useful + lengths.sum()
-        self.squares = self.squares + (lengths.double() ** 2).sum()
-
-    def report(self, gather) -> dict[str, float]:
-        """Sums up since the last report.
-
-        Args:
-            gather: adds a float64 tensor up over all ranks.
-
-        Returns:
-            What the log line shows.
-        """
-        import torch
-
-        counts = (self.tokens, self.logits, self.useful, self.squares)
-        counts = torch.stack([torch.as_tensor(x).double().cpu() for x in counts])
-        tokens, logits, useful, squares = gather(counts).tolist()
-        seconds = time.perf_counter() - self.since
-        frozen = self.shape.parameters - self.shape.trainable
-        attention = 6 * self.shape.layers * self.shape.hidden * squares
-        head = self.shape.vocabulary * self.shape.hidden
-        body = self.shape.matmul_parameters - head
-        flops = (6 * (body + head) - 2 * frozen) * useful + attention
-        passes = 4 / 3 if self.recomputes else 1  # a third forward-sized part again
-        executed = ((6 * body - 2 * frozen) * tokens + attention) * passes + 6 * head * logits
-        for name, value in zip(self.total, (tokens, useful, flops, executed, seconds), strict=True):
-            self.total[name] += value
-        self.restart()
-        return self._rates(tokens, useful, flops, executed, seconds)
-
-    def summary(self) -> dict[str, float]:
-        """Sums up all reports."""
-        return self._rates(*self.total.values())
-
-    def _rates(self, tokens: float, useful: float, flops: float, executed: float, seconds: float) -> dict[str, float]:
-        seconds = max(seconds, 1e-9)
-        return {
-            "tokens_per_s": round(tokens / seconds, 1),
-            "useful_tokens_per_s": round(useful / seconds, 1),
-            "mfu": round(flops / seconds / (self.world * self.peak), 4),
-            "hardware_mfu": round(executed / seconds / (self.world * self.peak), 4),
-            "peak_memory_gib": round(peak_memory(self.device) / 2**30, 3),
-        }
-
-
-def peak_memory(device) -> int:
-    """Gets the most memory that this process has used so far, in bytes: the device's, or on a CPU the host's."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def local_world_size() -> int:

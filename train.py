@@ -37,6 +37,7 @@ import packed_model
 import packing
 import resources
 import sharding
+import throughput
 import tokenization
 from trainer import AlpacaTrainer
 from utils import (
@@ -88,6 +89,10 @@ class ModelArguments:
     lora_target_modules: str | None = field(
         default=None, metadata={"help": "Comma-separated module names; by architecture when not given."}
     )
+
+    def adapt(self, model):
+        """Puts the LoRA adapter that was asked for into a model."""
+        return lora.add_adapter(model, self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules)
 
 
 @dataclass
@@ -367,8 +372,7 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, tokenizer, c
     for config in (model.config, model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
     if model_args.lora_r:
-        m = model_args
-        model = lora.add_adapter(model, m.lora_r, m.lora_alpha, m.lora_dropout, m.lora_target_modules)
+        model = model_args.adapt(model)
         say(f"LoRA on {', '.join(lora.target_names(model))}")
     return model
 
@@ -394,7 +398,7 @@ def train() -> None:
     with args.main_process_first(local=True):
         data = make_supervised_data_module(tokenizer, data_args, args.seed)
     describe_data(data, tokenizer)
-    shape = resources.check(args, model_args.lora_r, skeleton, len(data["train_dataset"]))
+    shape = resources.check(args, skeleton, model_args.adapt if model_args.lora_r else None, len(data["train_dataset"]))
     if choice := resources.choose_resharding(shape, args, packed):
         say(choice)
     tokens = resources.tokens_per_pass(shape, args)
@@ -418,7 +422,7 @@ def train() -> None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_state()
     tensors = trainer.save_verified(*shapes)
-    say(resources.closing_table(trainer.state, trainer.throughput))
+    say(throughput.closing_table(trainer.state, trainer.throughput))
     say(f"{args.output_dir}: {tensors} tensors saved and read back, all there, of their shapes, finite")
     if model_args.lora_r:
         say(f"merge the adapter: python train.py merge --adapter_dir {args.output_dir} --output_dir MERGED")

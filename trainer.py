@@ -9,7 +9,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 import checkpoint
 import packing
-import resources
+import throughput
+from resources import ModelShape
 from utils import UserError
 
 
@@ -21,7 +22,7 @@ class AlpacaTrainer(packing.PackedTrainer):
         throughput: counts tokens and time.
     """
 
-    def __init__(self, *args, shape: resources.ModelShape, **kwargs):
+    def __init__(self, *args, shape: ModelShape, **kwargs):
         """Chooses how the losses of a step's micro-batches are weighed."""
         super().__init__(*args, **kwargs)
         halves = [name for name, p in self.model.named_parameters() if p.requires_grad and p.element_size() < 4]
@@ -35,7 +36,7 @@ class AlpacaTrainer(packing.PackedTrainer):
         self.model_accepts_loss_kwargs = self.args.loss_reduction == "global"
         self.stopped, self.stop_signal = False, None
         recomputes = bool(self.args.gradient_checkpointing)
-        self.throughput = resources.Throughput(shape, self.args.device, self.args.world_size, recomputes)
+        self.throughput = throughput.Throughput(shape, self.args.device, self.args.world_size, recomputes)
         self._first_step: int | None = None  # of this run, which may continue another
         self._step: list[tuple[torch.Tensor, ...]] = []  # loss, labels and records of its micro-batches so far
         self._staging: str | None = None

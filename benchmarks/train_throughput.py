@@ -286,7 +286,7 @@ def _trainer(job: dict, settings: dict, examples: list[dict]):
     packed, shared, _ = packing.choose(skeleton.config, args.padding_free, args.shared_prefix)
     collator = DataCollatorForSupervisedDataset(_Padding())
     numbered = [{**example, "record": torch.tensor(i)} for i, example in enumerate(examples)]
-    shape = resources.model_shape(skeleton)
+    shape = resources.model_shape(skeleton, resources.plan_of(args))
     job["notes"] = [resources.choose_resharding(shape, args, packed)]
     tokens = resources.tokens_per_pass(shape, args)
     model = _random_model(settings)
@@ -387,12 +387,12 @@ class Counter:
         Work is the one over the other: 1.54 for padding alone. It is 0 where lm_head was not called: TRL has a loss of
         its own, whose logits are not seen here.
         """
-        import resources
+        import throughput
 
         useful = sum(len(example["input_ids"]) for example in examples) / (job["steps"] + 1) * self.steps
         if job["row"] == "TRL packing":
             useful = self.tokens
-        peak, source = resources.peak_flops(self.device)
+        peak, source = throughput.peak_flops(self.device)
         ideal = 6 * (self.body + self.head) * useful
         executed = 6 * (self.body * self.tokens + self.head * self.logits) if self.logits else 0
         # Packed sequences don't hold 128 examples a step: what counts is the time for 128 examples' tokens.
@@ -405,7 +405,7 @@ class Counter:
             "work_per_useful_token": round(executed / ideal, 3),
             "peak_tflops": round(peak / 1e12, 4),
             "peak_source": source,
-            "peak_memory_gib": round(resources.peak_memory(self.device) / 2**30, 3),
+            "peak_memory_gib": round(throughput.peak_memory(self.device) / 2**30, 3),
             "seconds_per_step": round(step_seconds, 4),
             "hours_for_3_epochs": round(step_seconds * FULL_RUN / 3600, 3),
             "parameters": self.body + 2 * self.head,

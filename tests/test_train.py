@@ -1,5 +1,6 @@
 """train.py: the original's losses, the seed's commands, runs that survive, checkpoints that load."""
 
+import importlib
 import json
 import os
 import re
@@ -707,8 +708,8 @@ def test_evaluation_without_data_is_said_and_left_out(models, data, tmp_path, mo
 # Estimates
 
 
-LLAMA_7B = resources.ModelShape(6_738e6, 6_738e6, 6_607e6, 202e6, 4096, 32, 32001)
-LLAMA_7B_LORA = resources.ModelShape(6_738e6, 40e6, 6_607e6, 202e6, 4096, 32, 32001)
+LLAMA_7B = resources.ModelShape(6_738e6, 6_738e6, 6_607e6, 202e6, 4096, 32, 32001, 46 * 4096)
+LLAMA_7B_LORA = resources.replace(LLAMA_7B, trainable=40e6, kept=85 * 4096)
 
 
 def test_7b_needs_what_the_original_needed():
@@ -722,15 +723,46 @@ def test_7b_needs_what_the_original_needed():
     assert stepping == 6738e6 * (16 + 4), "the roots of the second moments outweigh the activations, freed by then"
 
 
-def test_memory_table_of_the_readme_is_the_estimate(root):
+@pytest.fixture
+def memory(root, monkeypatch):
+    """benchmarks/memory.py."""
+    monkeypatch.syspath_prepend(os.path.join(root, "benchmarks"))
+    return importlib.import_module("memory")
+
+
+def test_memory_table_of_the_readme_is_the_estimate(root, memory):
     with open(os.path.join(root, "README.md"), encoding="utf-8") as file:
         rows = re.findall(r"^\| (.+) \| (\d+) GiB \| (\d+) GiB \|$", file.read(), re.M)
     ways = ("none", "fsdp", "offload", "zero3_offload", "none")
     found = []
     for (label, *_), way in zip(rows, ways, strict=True):
-        shape = LLAMA_7B_LORA if "lora" in label else LLAMA_7B
-        found.append(resources.estimate(shape, resources.Plan(way, 4, 4, 4, 512, half=True, scratch=4)))
+        plan = resources.Plan(way, 4, 4, 4, 512, half=True, scratch=4)
+        model = memory.make_model(memory.LLAMA_7B, True, 16 if "lora" in label else 0)
+        found.append(resources.estimate(resources.model_shape(model, plan), plan))
     assert [(int(a), int(b)) for _, a, b in rows] == [(round(a / 2**30), round(b / 2**30)) for a, b in found]
+
+
+@pytest.mark.parametrize(
+    ("model", "sharding", "world", "changes"),
+    [
+        ("LLAMA_7B", "fsdp", 4, {}),
+        ("LLAMA_7B", "fsdp", 4, {"reshards": False}),
+        ("LLAMA_7B", "fsdp", 4, {"checkpointing": True}),
+        ("LLAMA_7B", "offload", 4, {}),
+        ("LLAMA_7B", "none", 1, {}),
+        ("LLAMA_7B", "none", 1, {"half": False}),
+        ("LLAMA_7B", "none", 1, {"lora_r": 16}),
+        ("OPT_67B", "fsdp", 4, {}),
+    ],
+)
+def test_estimate_is_what_a_step_holds_at_most(memory, model, sharding, world, changes):
+    """Against a count of all tensors of two passes and a step: layers as wide as 7B's, but four."""
+    config = {**getattr(memory, model), "num_hidden_layers": 4}
+    settings = {"batch": 8, "length": 512, "half": True, "scratch": 4, **changes}
+    lora_r = settings.pop("lora_r", 0)
+    plan = resources.Plan(sharding, world, world, **settings)
+    shape = resources.model_shape(memory.make_model(config, plan.half, lora_r), plan)
+    assert 0.95 < resources.estimate(shape, plan)[0] / memory.count_step(config, plan, lora_r) < 1.1
 
 
 def test_recipe_that_fits_is_named():
