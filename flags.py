@@ -140,7 +140,7 @@ def check_values(model_args, data_args, args) -> None:
     for name in (*positive, "num_train_epochs", "save_steps", "lora_alpha"):
         if (value := getattr(model_args if name == "lora_alpha" else args, name)) <= 0:
             raise UserError(f"--{name} must be above 0, found {value}")
-    for name in ("learning_rate", "seed"):
+    for name in ("learning_rate", "seed", "max_tokens_per_pass"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} must be at least 0, found {getattr(args, name)}")
     if not 0 <= (args.warmup_ratio or 0) < 1:

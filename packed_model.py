@@ -74,13 +74,16 @@ class Pass:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Moves the tensors of a dataclass, and of what it holds."""
+    """Moves the tensors of a dataclass, and of what it holds; Apple's GPUs have no float64."""
     if dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
         return type(value)(*(to_device(getattr(value, field.name), device) for field in fields))
     if isinstance(value, list):
         return [to_device(one, device) for one in value]
-    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.float() if device.type == "mps" and value.dtype == torch.float64 else value
+    return value.to(device, non_blocking=True)
 
 
 def make_layout(lengths: list[int], parents: list[int]) -> Layout:

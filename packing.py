@@ -103,6 +103,17 @@ def _misfit(config: Any, dropout: dict[str, float]) -> str:
     return ""
 
 
+def check_pass(max_tokens: int, examples: Sequence[dict]) -> None:
+    """Checks that a padding-free pass has room for the longest example.
+
+    Raises:
+        UserError: `--max_tokens_per_pass`, where it isn't 0, is too short.
+    """
+    longest = max(len(example["input_ids"]) for example in examples)
+    if 0 < max_tokens < longest:
+        raise UserError(f"--max_tokens_per_pass {max_tokens} is too few for the longest example, {longest} tokens")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The documents of a step and their prefixes
 
@@ -292,15 +303,7 @@ class PackedTrainer(Trainer):
 
         Returns:
             A line that says what steps are made of.
-
-        Raises:
-            UserError: a pass is too short for the longest example.
         """
-        longest = max(len(example["input_ids"]) for example in self.train_dataset)
-        if max_tokens_per_pass < longest:
-            raise UserError(
-                f"--max_tokens_per_pass {max_tokens_per_pass} is too few for the longest example, {longest} tokens"
-            )
         install(self.model)
         self.max_tokens_per_pass = max_tokens_per_pass
         documents = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps

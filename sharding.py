@@ -4,6 +4,7 @@ import importlib.util
 import io
 import os
 import socket
+import warnings
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -18,12 +19,13 @@ def can_shard() -> bool:
     is worth it: it computes in 16 bits from float32 masters one layer at a time, in 16 bytes per parameter, where
     autocast keeps a 16-bit copy of all weights besides.
     """
-    if has_accelerator() and "RANK" not in os.environ:
+    able = has_accelerator() and not torch.backends.mps.is_available()
+    if able and "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return has_accelerator()
+    return able
 
 
 def has_accelerator() -> bool:
@@ -79,15 +81,15 @@ def _read_config(flag: str, value: str | dict) -> dict:
 
 def read_fsdp(args) -> None:
     """Turns 2023's words into today's settings: FSDP2, wrapped by layer."""
-    if not can_shard():
-        _say_going_on("--fsdp: accelerate shards only across GPUs")
-        args.fsdp = None
-        return
     words = str(args.fsdp).split()
     known = {"full_shard", "shard_grad_op", "auto_wrap", "offload", "True"}
     if unknown := [word for word in words if word not in known]:
         raise UserError(f"--fsdp {unknown[0]}: FSDP2 knows full_shard, shard_grad_op, auto_wrap and offload")
     config = _read_config("--fsdp_config", args.fsdp_config or {})
+    if not can_shard():
+        _say_going_on("--fsdp: accelerate shards only across GPUs")
+        args.fsdp = None
+        return
     args.fsdp_config = {
         "cpu_offload": "offload" in words,
         # full_shard leaves it to resources.choose_resharding
@@ -124,6 +126,8 @@ def read_deepspeed(args) -> None:
         return
     if not importlib.util.find_spec("deepspeed"):
         raise UserError("--deepspeed: not installed; pip install deepspeed, or use --fsdp")
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, which warns dozens of times in every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if scheduler := config.pop("scheduler", None):
         say(f"--deepspeed: its {scheduler['type']} gives way to --lr_scheduler_type {args.lr_scheduler_type}")
     zero = config.get("zero_optimization", {})

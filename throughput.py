@@ -78,12 +78,12 @@ class Throughput:
         Args:
             computed: positions computed, padding included.
             logits: positions whose logits were computed.
-            lengths: true lengths of its sequences, a tensor on any device.
+            lengths: true lengths of its sequences, an int64 tensor on any device.
         """
         self.tokens += computed
         self.logits += logits
         self.useful = self.useful + lengths.sum()
-        self.squares = self.squares + (lengths.double() ** 2).sum()
+        self.squares = self.squares + (lengths**2).sum()
 
     def report(self, gather) -> dict[str, float]:
         """Sums up since the last report.
@@ -97,7 +97,7 @@ class Throughput:
         import torch
 
         counts = (self.tokens, self.logits, self.useful, self.squares)
-        counts = torch.stack([torch.as_tensor(x).double().cpu() for x in counts])
+        counts = torch.stack([torch.as_tensor(x).cpu().double() for x in counts])
         tokens, logits, useful, squares = gather(counts).tolist()
         seconds = time.perf_counter() - self.since
         frozen = self.shape.parameters - self.shape.trainable

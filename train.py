@@ -398,6 +398,8 @@ def train() -> None:
     with args.main_process_first(local=True):
         data = make_supervised_data_module(tokenizer, data_args, args.seed)
     describe_data(data, tokenizer)
+    if packed:
+        packing.check_pass(args.max_tokens_per_pass, data["train_dataset"])
     shape = resources.check(args, skeleton, model_args.adapt if model_args.lora_r else None, len(data["train_dataset"]))
     if choice := resources.choose_resharding(shape, args, packed):
         say(choice)

@@ -140,6 +140,8 @@ class AlpacaTrainer(packing.PackedTrainer):
             return super().evaluate(*args, **kwargs)
 
     def _sum_over_ranks(self, counts: torch.Tensor) -> torch.Tensor:
+        if self.args.world_size == 1:
+            return counts
         return self.accelerator.reduce(counts.to(self.args.device), "sum")
 
     def _get_output_dir(self, trial):

@@ -868,7 +868,6 @@ torch.distributed.destroy_process_group()
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--max_tokens_per_pass", "20"], "--max_tokens_per_pass 20 is too few for the longest example"),
         (["--padding_free", "yes"], "--padding_free must be auto, true or false, found 'yes'"),
         (["--compile_layers", "maybe"], "--compile_layers must be auto, true or false, found 'maybe'"),
         (["--pure_bf16", "True", "--lora_r", "4"], "--pure_bf16 is for full fine-tuning"),
