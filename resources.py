@@ -75,11 +75,11 @@ def bytes_kept(model, plan: "Plan") -> float:
     halves = plan.half and (frozen or plan.masters == 2 or not autocast)
 
     def count(layers: int, examples: int) -> int:
-        part, storages = copy.deepcopy(model), {}
+        part, storages = copy.deepcopy(model).eval(), {}  # layers train: OPT's decoder would draw which to leave out
         for module in list(part.modules()):
             for name, children in list(module.named_children()):
                 if isinstance(children, torch.nn.ModuleList) and names & {type(child).__name__ for child in children}:
-                    setattr(module, name, children[:layers])
+                    setattr(module, name, children[:layers].train())
         for parameter in part.parameters():
             if halves and not (autocast and parameter.requires_grad):
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -89,7 +89,7 @@ def bytes_kept(model, plan: "Plan") -> float:
             return tensor
 
         with FakeTensorMode(allow_non_fake_inputs=True):
-            part.to_empty(device="cpu").train()
+            part.to_empty(device="cpu")
             ids = torch.zeros(examples, plan.length, dtype=torch.int64)
             hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
             with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -148,28 +148,42 @@ def count_step(config: dict, plan: resources.Plan, lora_r: int = 0, packed: bool
     with contextlib.ExitStack() as stack:
         mesh = stack.enter_context(fake_world(plan.world))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        model.to_empty(device="cpu").train()
+        model.to_empty(device="cpu").eval()
+        for layer in _layers(model):
+            layer.train()  # they alone: OPT draws, in training, whether to leave layers out, which takes data
         model.tie_weights()
         if plan.checkpointing:
             model.gradient_checkpointing_enable()
         if plan.sharding != "none":
             _shard(model, mesh, plan)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for tensor in (*model.parameters(), *model.buffers()):
-            meter.track(getattr(tensor, "_local_tensor", tensor))
-        optimizer = torch.optim.AdamW(trained, lr=1e-5, foreach=plan.scratch > 0, fused=plan.scratch == 0)
+            meter.track(_local(tensor))
+        # AdamW gets this rank's parts: a DTensor would work out its rules on tensors of the whole shape.
+        trained = {p: torch.nn.Parameter(_local(p).detach()) for p in model.parameters() if p.requires_grad}
+        fused = {"foreach": plan.scratch > 0, "fused": plan.scratch == 0}
+        optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, **fused)
         stack.enter_context(meter.seeing_resizes())
         stack.enter_context(meter)
-        for _ in range(2):  # the first makes Adam's moments, and DTensor works out its rules on whole shapes
+        for _ in range(2):  # the first makes Adam's moments
             meter.peak = 0
             step()
             step()
             passes = meter.peak
+            for parameter, part in trained.items():
+                part.grad, parameter.grad = _local(parameter.grad), None
             optimizer.step()
             states = meter.live
             optimizer.zero_grad()
     # Offloaded, masters, gradients and moments are on the host, and so is AdamW.
     return passes - states if plan.sharding == "offload" else meter.peak
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def _layers(model) -> list:
+    return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
 
 
 def _shard(model, mesh, plan: resources.Plan) -> None:
@@ -178,8 +192,7 @@ def _shard(model, mesh, plan: resources.Plan) -> None:
 
     half = torch.bfloat16 if plan.half else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, cast_forward_inputs=False)
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    for module in (*layers, model):
+    for module in (*_layers(model), model):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=plan.reshards)
 
 
