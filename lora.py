@@ -35,6 +35,10 @@ def add_adapter(model, r: int, alpha: float, dropout: float, target_modules: str
         adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"--lora_target_modules {target_modules}: {str(error).splitlines()[0]}") from error
+    for module in adapted.modules():
+        if hasattr(module, "lora_A"):
+            # Its input is of the type that autocast or FSDP computes in; peft would keep a copy in float32 besides.
+            module.cast_input_dtype_enabled = False
     adapted.enable_input_require_grads()  # so that recomputed activations have a gradient to carry
     return adapted
 

@@ -325,7 +325,7 @@ def check(args, skeleton, adapt: Callable | None, examples: int) -> ModelShape:
         head = skeleton.get_output_embeddings()
         linear = [m for m in skeleton.modules() if isinstance(m, torch.nn.Linear) and m is not head]
         adapter = sum((m.in_features + m.out_features) * 16 for m in linear)
-        lora = replace(shape, trainable=adapter, kept=2 * shape.kept)  # adapters compute in float32, after a dropout
+        lora = replace(shape, trainable=adapter, kept=2 * shape.kept)  # at most: its inputs, after dropout
     if not plan.checkpointing and not fits(shape, plan, args.device):
         recomputing = replace(plan, checkpointing=True)
         if fits(shape, recomputing, args.device):
