@@ -319,7 +319,8 @@ def check(args, skeleton, adapt: Callable | None, examples: int) -> ModelShape:
     plan = plan_of(args)
     if adapt:
         with torch.device("meta"):
-            shape = lora = model_shape(adapt(copy.deepcopy(skeleton)), plan)
+            adapted = adapt(copy.deepcopy(skeleton))
+        shape = lora = model_shape(adapted, plan)
     else:
         shape = model_shape(skeleton, plan)
         head = skeleton.get_output_embeddings()
