@@ -24,15 +24,14 @@ from provenance import provenance  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
+from train_throughput import LLAMA_7B  # noqa: E402
 
 import resources  # noqa: E402
 from utils import jdump, run_cli  # noqa: E402
 
 # The models' own numbers: Touvron et al. 2023, table 2; Zhang et al. 2022, table 1.
-LLAMA_7B = {"model_type": "llama", "vocab_size": 32001, "hidden_size": 4096, "intermediate_size": 11008}
-LLAMA_7B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "tie_word_embeddings": False}
-LLAMA_13B = {**LLAMA_7B, "hidden_size": 5120, "intermediate_size": 13824}
-LLAMA_13B |= {"num_hidden_layers": 40, "num_attention_heads": 40}
+LLAMA_13B = {**LLAMA_7B, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40}
+LLAMA_13B |= {"num_attention_heads": 40, "num_key_value_heads": 40}
 OPT_67B = {"model_type": "opt", "vocab_size": 50272, "hidden_size": 4096, "word_embed_proj_dim": 4096}
 OPT_67B |= {"ffn_dim": 16384, "num_hidden_layers": 32, "num_attention_heads": 32}
 RUNS = {  # name: model, sharding, ranks, changes of the plan
