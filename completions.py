@@ -360,11 +360,12 @@ def read_completion(body: str | dict) -> Completion:
             raise TypeError
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise Malformed(f"the answer is no completion: {_one_line(str(body))[:120] or 'it is empty'}") from error
-    usage = answer.get("usage") or {}
+    usage = usage if isinstance(usage := answer.get("usage"), dict) else {}
     counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
     counted = all(isinstance(count, int) for count in counts.values())
     counts = {**counts, "total_tokens": sum(counts.values())} if counted else None
-    return Completion(text or "", choice.get("finish_reason"), counts)
+    text = re.sub("[\ud800-\udfff]", "\ufffd", text or "")  # half a surrogate pair: JSON can hold it, UTF-8 can't
+    return Completion(text, choice.get("finish_reason"), counts)
 
 
 def _text_of(body: Any) -> str:

@@ -309,6 +309,17 @@ def test_an_answer_without_usage_or_content_is_read():
     assert completions.read_completion(body) == completions.Completion("", "length", None)
 
 
+@pytest.mark.parametrize("usage", ["many", [1], {"prompt_tokens": None}])
+def test_usage_that_counts_nothing_is_no_usage(usage):
+    answer = {"choices": [{"text": "yes", "finish_reason": "stop"}], "usage": usage}
+    assert completions.read_completion(answer) == completions.Completion("yes", "stop", None)
+
+
+def test_half_a_surrogate_pair_becomes_the_replacement_character():
+    body = r'{"choices": [{"text": "a \ud83d\ude00 b \ud83d c", "finish_reason": "length"}]}'
+    assert completions.read_completion(body).text == "a \U0001f600 b \ufffd c"
+
+
 # utils.openai_completion, the public name
 
 
