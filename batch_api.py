@@ -5,6 +5,7 @@ import json
 import os
 import uuid
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,8 +47,13 @@ async def ask_in_batches(run: Run, client: Client, output_dir: str) -> None:
             state["batch_id"] = await _create(client, state)
             jdump(state, state_path)
             run.log(f"Batch {state['batch_id']}: {len(state['indices'])} requests, kept in {state_path}.")
-        batch = await _finished(run, client, state)
-        answers, errors = await _results(client, batch)
+        try:
+            batch = await _finished(run, client, state)
+            answers, errors = await _results(client, batch, state["indices"])
+        except UserError as error:
+            raise UserError(
+                f"{error}; {state_path} keeps the batch for the same command, without it answers are asked for anew"
+            ) from error
         run.take({index: answer for index, answer in answers.items() if index not in run.journal.records})
         os.unlink(state_path)
         failures.update(list(errors))
@@ -114,20 +120,42 @@ async def _finished(run: Run, client: Client, state: dict[str, Any]) -> Any:
         pause = min(60.0, 1.5 * pause)
 
 
-async def _results(client: Client, batch: Any) -> tuple[dict[int, Completion], dict[int, tuple[int, dict]]]:
+async def _results(
+    client: Client, batch: Any, indices: list[int]
+) -> tuple[dict[int, Completion], dict[int, tuple[int, dict]]]:
     """The answers by request index, and status and error of those that failed."""
     answers, errors = {}, {}
     for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
-        content = await client.patiently(lambda file_id=file_id: client.openai.files.content(file_id))
-        for line in filter(None, content.text.split("\n")):
-            result = json.loads(line)
-            index, response = int(result["custom_id"]), result.get("response") or {}
-            status, body = response.get("status_code", 0), response.get("body") or result.get("error") or {}
+        for index, status, body in await client.patiently(partial(_result_lines, client, file_id)):
             try:
                 answers[index] = read_completion(body)
             except Malformed:
-                errors[index] = status, body.get("error") or body
-    return dict(sorted(answers.items())), errors
+                said = body.get("error") or body if isinstance(body, dict) else body
+                errors[index] = status, said if isinstance(said, dict) else {"message": str(said)}
+    if answers:  # where there are none the batch itself says why
+        absent = 0, {"message": "it is in none of the batch's files"}
+        errors = {index: errors.get(index, absent) for index in indices if index not in answers}
+    return {index: answers[index] for index in indices if index in answers}, errors
+
+
+async def _result_lines(client: Client, file_id: str) -> list[tuple[int, int, Any]]:
+    """Downloads a batch's results: request index, status and body of each.
+
+    Raises:
+        Malformed: a line is no result, as in half a file.
+    """
+    content = await client.openai.files.content(file_id)
+    results = []
+    for number, line in enumerate(content.text.split("\n"), start=1):
+        if line.strip():
+            try:
+                result = json.loads(line)
+                response = result.get("response") or {}
+                body = response.get("body") or result.get("error") or {}
+                results.append((int(result["custom_id"]), response.get("status_code", 0), body))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise Malformed(f"line {number} of the batch's file {file_id} is no result") from error
+    return results
 
 
 def _check_errors(

@@ -249,6 +249,9 @@ def generate_instruction_following_data(
     progress = Progress()
     client = Client(base_url, api, max_retries, request_timeout, progress.log)
     with _writing_to(output_dir), Journal(os.path.join(output_dir, "requests.jsonl")) as journal:
+        batch = os.path.join(output_dir, "batch.json")
+        if os.path.exists(batch) and not batch_api:
+            raise UserError(f"{batch} is a batch under way, paid for already; go on with --batch_api, or delete it")
         earlier, three_fields = _files_found(output_dir, journal)
         if earlier:
             settings["earlier_tasks"] = _sha256(json.dumps(earlier))

@@ -14,6 +14,7 @@ import termios
 import time
 import urllib.request
 
+import openai_server
 import pytest
 from openai_server import WORDS, Server, completion_for, tasks_for, unsupported
 
@@ -506,6 +507,71 @@ def test_batches_learn_refused_parameters_and_stop_where_nothing_can_be_learnt(f
     assert "sending max_completion_tokens" in capsys.readouterr().err
     server.refuses = {"messages": (400, {"error": {"message": "no batches today"}})}
     assert "no batches today" in fails(capsys, server, "other", batch_api=True)
+
+
+def spoil_batches(monkeypatch, change):
+    """Lets `change(files, batch)` at what a completed batch has written."""
+    work_on = openai_server._Handler._work_on
+
+    def spoilt(handler, batch):
+        fresh = batch["status"] != "completed"
+        work_on(handler, batch)
+        if fresh and batch["status"] == "completed":
+            change(handler.server.files, batch)
+
+    monkeypatch.setattr(openai_server._Handler, "_work_on", spoilt)
+
+
+def test_half_a_file_of_results_loses_nothing(folder, server, capsys, monkeypatch):
+    rest = {}
+
+    def halve(files, batch):
+        name = batch["output_file_id"]
+        files[name], rest[name] = files[name][:-100], files[name][-100:]
+
+    spoil_batches(monkeypatch, halve)
+    said = fails(capsys, server, batch_api=True, max_retries=0)
+    assert "is no result" in said
+    assert "out/batch.json keeps the batch" in said
+    for name, text in rest.items():
+        server.files[name] += text
+    generate(server, batch_api=True)
+    assert len(server.batches) == 1
+    assert len(jload("out/regen.json")) == 50
+
+
+def test_a_request_that_no_batch_answers_is_not_asked_for_ever(folder, server, capsys, monkeypatch):
+    def misname(files, batch):
+        name = batch["output_file_id"]
+        files[name] = files[name].replace('"custom_id": "0"', '"custom_id": "999"')
+
+    server.polls_per_batch = 0
+    spoil_batches(monkeypatch, misname)
+    assert "request 0 failed with status 0" in fails(capsys, server, batch_api=True)
+    assert 0 not in {record["request_index"] for record in journal(folder / "out")}
+    assert 999 not in {record["request_index"] for record in journal(folder / "out")}
+
+
+@pytest.mark.parametrize("body", ["Internal Server Error", {"error": "Internal Server Error"}])
+def test_an_error_in_plain_words_is_asked_for_again(folder, server, monkeypatch, body):
+    def fail_one(files, batch):
+        if len(server.batches) == 1:
+            name, result = batch["output_file_id"], {"custom_id": "0", "response": {"status_code": 500, "body": body}}
+            lines = [line for line in files[name].splitlines(True) if '"custom_id": "0"' not in line]
+            files[name] = "".join([*lines, json.dumps(result) + "\n"])
+
+    server.polls_per_batch = 0
+    spoil_batches(monkeypatch, fail_one)
+    generate(server, batch_api=True)
+    assert len(server.batches) == 2
+    assert len(jload("out/regen.json")) == 50
+
+
+def test_a_batch_under_way_is_not_paid_again_one_by_one(folder, server, capsys):
+    (folder / "out").mkdir()
+    (folder / "out" / "batch.json").write_text("{}")
+    assert "go on with --batch_api" in fails(capsys, server)
+    assert not server.requests
 
 
 # Failures
