@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import functools
 import inspect
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -120,7 +121,11 @@ def _parse(text: str, parameter: inspect.Parameter) -> Any:
     """Turns a flag's text into its parameter's type; a plain str annotation takes the text as it stands."""
     if text == "None" and _accepts(parameter, type(None)):
         return None
-    readers = {bool: lambda t: {"true": True, "1": True, "false": False, "0": False}[t.lower()], int: int, float: float}
+    readers = {
+        bool: lambda t: {"true": True, "1": True, "false": False, "0": False}[t.lower()],
+        int: int,
+        float: _finite,
+    }
     expected = [kind for kind in readers if _accepts(parameter, kind)]
     for kind in expected:
         with contextlib.suppress(ValueError, KeyError):
@@ -129,3 +134,10 @@ def _parse(text: str, parameter: inspect.Parameter) -> Any:
         return text
     names = {bool: "True or False", int: "a whole number", float: "a number"}
     raise UserError(f"--{parameter.name} must be {' or '.join(names[kind] for kind in expected)}, found {text!r}")
+
+
+def _finite(text: str) -> float:
+    """A float, but no NaN, which passes every limit, and no infinity."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number

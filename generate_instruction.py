@@ -232,6 +232,8 @@ def generate_instruction_following_data(
     for name, value in counts.items():
         if value < 1:
             raise UserError(f"--{name} must be 1 or more, found {value}")
+    if request_timeout <= 0:
+        raise UserError(f"--request_timeout must be above 0, found {request_timeout}")
     if os.path.isfile(output_dir):
         raise UserError(f"--output_dir {output_dir} is a file; name a folder")
     prompts = Prompts(_read_text(prompt_path), load_seed_tasks(seed_tasks_path), num_prompt_instructions, seed)
@@ -329,7 +331,7 @@ def _files_found(output_dir: str, journal: Journal) -> tuple[list[dict[str, Any]
         for name in ("regen.json", "regen_start.json", "alpaca_data.json", "regen_alpaca_data.json")
     )
     if not journal.records:
-        if os.path.exists(regen) and not os.path.exists(start):
+        if os.path.exists(regen):
             shutil.copyfile(regen, start + ".tmp")
             os.replace(start + ".tmp", start)
         if os.path.exists(taken) and not os.path.exists(other):

@@ -106,16 +106,33 @@ def read_journal(path: str) -> tuple[dict[int, dict[str, Any]], int]:
     for number, line in enumerate(lines, start=1):
         last = number == len(lines)
         if line.strip():
-            try:
+            record = None
+            with contextlib.suppress(ValueError):
                 record = json.loads(line)
-                index = record["request_index"]
-                record["text"], record["finish_reason"], record["model"], record["settings"]
-            except (ValueError, TypeError, KeyError) as error:
-                if last:
-                    break
-                raise UserError(f"{path}, line {number}: not a record of an answer; restore or remove it") from error
+            if record is None and last:
+                break
+            if not _is_record(record):
+                raise UserError(f"{path}, line {number}: not a record of an answer; restore or remove it")
+            index = record["request_index"]
             if index in records:
                 raise UserError(f"{path}, line {number}: request_index {index} stands there twice")
             records[index] = record
         whole += len(line) + (not last)
     return records, whole
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a line has what a run reads of it, in the right types: a person may have edited it."""
+    try:
+        usage = record.get("usage") or {"prompt_tokens": 0, "completion_tokens": 0}
+        numbers = record.get("cost") or 0, usage["prompt_tokens"], usage["completion_tokens"]
+        return (
+            isinstance(record["request_index"], int)
+            and record["request_index"] >= 0
+            and all(isinstance(record[name], str) for name in ("text", "model"))
+            and isinstance(record["settings"], dict)
+            and all(isinstance(number, (int, float)) for number in numbers)
+            and "finish_reason" in record
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False

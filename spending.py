@@ -51,7 +51,10 @@ class Spending:
         """Books an answer of the journal."""
         counts = self._counts(record.get("usage"), prompt, record["text"])
         self.tokens = [have + new for have, new in zip(self.tokens, counts, strict=True)]
-        self.cost += record.get("cost") or 0.0
+        cost = record.get("cost")
+        if cost is None:  # of a sitting that had no prices
+            cost = self.cost_of(record.get("usage"), prompt, record["text"])
+        self.cost += cost or 0.0
         if record.get("usage") and counts[0]:
             self._bytes_per_token = min(self._bytes_per_token, len(prompt.encode()) / counts[0])
 
@@ -83,6 +86,8 @@ def find_prices(model: str | None, price_input: float | None, price_output: floa
     if (price_input is None) != (price_output is None):
         raise UserError("--price_input and --price_output belong together; give both, in dollars per million tokens")
     if price_input is not None:
+        if min(price_input, price_output) < 0:
+            raise UserError(f"--price_input and --price_output must be 0 or more, found {price_input}, {price_output}")
         return price_input, price_output
     models = jload(PRICES_PATH)["models"]
     entry = models.get(model) or models.get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model or ""))

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import random
+import re
 import resource
 import signal
 import struct
@@ -320,7 +321,7 @@ def test_an_answer_that_is_missing_among_later_ones_is_asked_for(folder, server,
     generate(server, "whole", num_instructions_to_generate=30)
     generate(server)
     path = folder / "out" / "requests.jsonl"
-    lines = path.read_text().splitlines(True)
+    lines = sorted(path.read_text().splitlines(True), key=lambda line: json.loads(line)["request_index"])
     path.write_text(lines[0] + lines[2])  # enough tasks in all, but those of line 1 come first
     server.requests.clear()
     generate(server, num_instructions_to_generate=30, batch_api=batch_api)
@@ -368,11 +369,15 @@ def test_a_journal_of_other_settings_is_refused_with_the_difference(folder, serv
         (lambda lines: [lines[0], "{nonsense", *lines[1:]], "line 2: not a record"),
         (lambda lines: [*lines, lines[0]], "line 4: request_index 0 stands there twice"),
         (lambda lines: ["[1]", *lines], "line 1: not a record"),
+        (lambda lines: [*lines[:2], lines[2].replace('"request_index": 2', '"request_index": "2"')], "line 3: not a"),
+        (lambda lines: [re.sub('"text": ".*", "fin', '"text": null, "fin', line) for line in lines], "line 1: not a"),
+        (lambda lines: [line.replace("prompt_tokens", "tokens") for line in lines], "line 1: not a record"),
+        (lambda lines: [line.replace('"cost": null', '"cost": "1"') for line in lines], "line 1: not a record"),
     ],
-    ids=["garbage", "twice", "list"],
+    ids=["garbage", "twice", "list", "index", "text", "usage", "cost"],
 )
 def test_a_damaged_journal_is_refused_by_line(folder, server, capsys, damage, said):
-    generate(server)
+    generate(server, request_batch_size=1)
     path = folder / "out" / "requests.jsonl"
     path.write_text("\n".join(damage(path.read_text().splitlines())) + "\n")
     assert said in fails(capsys, server)
@@ -411,6 +416,17 @@ def test_files_that_were_there_before_are_not_overwritten(folder, server):
     assert len(jload("regen.json")) == len(load_examples("regen_alpaca_data.json")) == 20
 
 
+def test_a_regen_json_that_changed_before_the_first_answer_is_the_one_that_counts(folder, server):
+    for name in ("Old", "New"):
+        (folder / "regen.json").write_text(json.dumps([{"instruction": f"{name} tale", "input": "", "output": "Once"}]))
+        server.faults = [{"status": 401}] if name == "Old" else []
+        try:
+            generate(server, "./", num_instructions_to_generate=10)
+        except SystemExit:
+            assert name == "Old"
+    assert jload("regen.json")[0]["instruction"] == "New tale"
+
+
 # Money
 
 
@@ -420,6 +436,16 @@ def test_costs_are_counted_by_the_prices_given(folder, server, capsys):
     expected = sum(u["prompt_tokens"] * 1.0 + u["completion_tokens"] * 10.0 for u in usage) / 1e6
     assert sum(record["cost"] for record in journal(folder / "out")) == pytest.approx(expected)
     assert f"${expected:.4f}" in capsys.readouterr().out
+
+
+def test_answers_of_a_sitting_without_prices_count_for_the_limit(folder, server, capsys):
+    generate(server)
+    capsys.readouterr()
+    most = {"price_input": 0, "price_output": 10, "max_cost_usd": 4000 * 10 / 1e6}
+    generate(server, num_instructions_to_generate=1000, **most)
+    tokens = sum(record["usage"]["completion_tokens"] for record in journal(folder / "out"))
+    assert tokens + 3072 > 4000 >= tokens
+    assert f"${tokens * 10 / 1e6:.4f} spent" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", [1, 8])
@@ -645,6 +671,9 @@ def test_malformed_seed_file_is_refused_with_its_line(folder, server, capsys, li
         ({"logit_bias": "50256"}, "must be a JSON object"),
         ({"similarity_threshold": 7}, "from 0 to 1"),
         ({"price_input": 1}, "--price_input and --price_output belong together"),
+        ({"price_input": -1, "price_output": 1}, "must be 0 or more"),
+        ({"max_cost_usd": "nan"}, "--max_cost_usd must be a number"),
+        ({"request_timeout": 0}, "--request_timeout must be above 0"),
         ({"num_instructions_to_generate": 0}, "--num_instructions_to_generate must be 1 or more"),
         ({"output_dir": "prompt.txt"}, "--output_dir prompt.txt is a file"),
         ({"base_url": "localhost:80/v1"}, "must begin with http:// or https://"),
