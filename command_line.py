@@ -5,6 +5,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -27,7 +28,8 @@ def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> Non
         argv: the arguments; `sys.argv[1:]` when None.
 
     Raises:
-        SystemExit: with status 2 and one line on stderr for a user's mistake; 130 after Ctrl-C.
+        SystemExit: with status 2 and one line on stderr for a user's mistake, or a file or disk that can't be read or
+            written; 130 after Ctrl-C, 141 where nobody reads stdout any more, as shells say it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -41,8 +43,17 @@ def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> Non
         if asks_help:
             _print_help(commands, command)
         commands[command](**_read_flags(commands[command], command, argv[1:]))
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # what reads stdout has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        sys.exit(141)
+    except OSError as error:
+        if not error.strerror:  # of a library, in words of its own
+            raise
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

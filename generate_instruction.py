@@ -312,6 +312,8 @@ def _writing_to(output_dir: str) -> Iterator[None]:
     """Says in one line that a disk is full or a folder not writable."""
     try:
         yield
+    except BrokenPipeError:  # nobody reads stdout any more
+        raise
     except OSError as error:
         raise UserError(
             f"cannot write to {output_dir}: {error.strerror}; answers in requests.jsonl are safe, and the same command "

@@ -327,6 +327,26 @@ def test_a_user_error_is_one_line_and_a_bug_keeps_its_traceback(capsys):
     assert stop.value.code == 130
 
 
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys):
+    def read():
+        os.stat(tmp_path / "none")
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli({"read": read}, ["read"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'none'}: No such file or directory\n"
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(root):
+    program = "from utils import run_cli\ndef say():\n    for _ in range(10**5): print('word')\nrun_cli({'say': say})"
+    command = [sys.executable, "-c", program, "say"]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "word\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
 @pytest.mark.parametrize("line", ["--help", "-h", "answer --help", "answer --instruction x -h"])
 def test_help_shows_what_can_be_typed_and_runs_nothing(line, capsys, monkeypatch):
     monkeypatch.setenv("PAGER", "cat")
