@@ -38,10 +38,12 @@ class PartialFolder:
     """
 
     def __init__(self, target: str, inputs: list[str], overwrite: bool, resume: bool):
+        if not target:  # as from an unset shell variable; it would be the working folder
+            raise UserError("the output folder's name is empty; name a new folder")
         self.target = os.path.realpath(target)
         self.folder = self.target + ".partial"
         self.progress = Progress()
-        self._resume = resume
+        self._overwrite, self._resume = overwrite, resume
         self._done: dict[str, dict] = {}
         self._journal: IO[str] | None = None
         self._begun = False
@@ -121,18 +123,24 @@ class PartialFolder:
         run_with_bar(title, {name: sizes[name] for name in names}, job, self.progress)
 
     def publish(self) -> None:
-        """Gives the files and then the folder their final names."""
+        """Gives the files and then the folder their final names.
+
+        Raises:
+            FileExistsError: somebody has put files under the target's name during the run.
+        """
+        if not self._overwrite and os.path.isdir(self.target) and os.listdir(self.target):
+            raise FileExistsError(errno.EEXIST, "somebody made this folder during the run; move it away", self.target)
         for path in self._output.headers:
             os.rename(path, path.removesuffix(SUFFIX))
         for name in (_JOURNAL, SPOOL):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self.folder, name))
         replaced = self.target + ".replaced"
-        if os.path.isdir(self.target):
+        if self._overwrite and os.path.isdir(self.target):
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(self.target, replaced)
         os.rename(self.folder, self.target)
-        if os.path.isdir(replaced):
+        if self._overwrite and os.path.isdir(replaced):
             shutil.rmtree(replaced)
 
     def _check_disk(self, nbytes: int) -> None:

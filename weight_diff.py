@@ -324,7 +324,11 @@ class Recovered:
         if obstacle:
             print(f"no test inference: {obstacle}")
             return
-        model, tokenizer = self.load()
+        try:
+            model, tokenizer = self.load()
+        except (OSError, ValueError, RuntimeError, AssertionError, ImportError) as error:  # the weights are there
+            print(f"no test inference: {' '.join(str(error).split())[:300]}")
+            return
         prompt = format_prompt({"instruction": "List three technologies that make life easier."})
         inputs = tokenizer(prompt, return_tensors="pt").to(self._device)
         tokens = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
@@ -351,8 +355,7 @@ def _free_memory() -> int:
 def _naive_integrity(total: float, diff: Checkpoint) -> str:
     """What the sum of all elements says; it is blind to anything that is moved rather than changed."""
     text = f"sum of all recovered elements, in float64: {total:.4f}"
-    embedding = diff.tensors[diff.embedding]
-    if embedding.shape != (32001, 4096) or diff.size != (4096, 32):
+    if (diff.rows, *diff.size) != (32001, 4096, 32):
         return text
     for found, how in ((total + ROTARY_7B_SUM, "with the rotary buffers of old checkpoints"), (total, "as it is")):
         if abs(found - ALPACA_7B_SUM) < 0.1:
@@ -378,6 +381,8 @@ def verify(path: str, path_diff: str | None = None) -> None:
         raise UserError(
             f"{path_diff or path} has no manifest (weight_diff.json); --path_diff names a diff that has one"
         )
+    if path_diff and manifest["kind"] != "diff":
+        raise UserError(f"--path_diff {path_diff} is a recovered model, not a diff")
     tensors, entries = read_checkpoint(path).tensors, dict(manifest["tensors"])
     role = "diff" if read_config(path).get(MARK) else "tuned"
     wrong = differing_files(path, manifest) if path_diff is None else []
@@ -413,9 +418,11 @@ def info(path_diff: str) -> None:
     size, dtypes = sum(t.nbytes for t in diff.tensors.values()), sorted({t.dtype for t in diff.tensors.values()})
     types = ", ".join(name for name, kind in DTYPES.items() if kind in dtypes)
     print(f"holds: {len(diff.tensors)} tensors, {size / 1e9:.3f} GB in {types}; {diff.looks_like}")
-    if not manifest or manifest["kind"] != "diff":
-        rows = diff.tensors[diff.embedding].shape[0]
-        print(f"no manifest: made by another tool; base, corrections and hashes are unknown, it has {rows:,} rows")
+    if manifest and manifest["kind"] != "diff":
+        print("a recovered model, not a diff")
+        return
+    if not manifest:
+        print(f"no manifest: made by another tool; base, corrections and hashes are unknown, it has {diff.rows:,} rows")
         return
     entries = manifest["tensors"]
     print(f"base: {manifest['base']['is']}, fingerprint {manifest['base']['fingerprint']}")

@@ -499,6 +499,33 @@ def test_inputs_and_existing_folders_are_safe(pair, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["link", "out"]
 
 
+def test_an_empty_output_name_is_not_the_working_folder(pair, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    write(tmp_path / "mine" / "file", "precious")
+    for overwrite in (False, True):
+        assert "name is empty" in refused(weight_diff.make_diff, *pair[:2], "", overwrite=overwrite)
+    assert os.listdir(tmp_path / "mine") == ["file"]
+
+
+def test_a_folder_that_came_up_during_the_run_is_not_replaced(pair, tmp_path, monkeypatch):
+    out, publish = tmp_path / "out", weight_diff.PartialFolder.publish
+
+    def late(work):
+        out.mkdir()
+        write(out / "mine", "precious")
+        publish(work)
+
+    monkeypatch.setattr(weight_diff.PartialFolder, "publish", late)
+    with pytest.raises(FileExistsError, match="move it away"):
+        weight_diff.recover(pair[0], pair[2], str(out), test_inference=False)
+    assert os.listdir(out) == ["mine"]
+    monkeypatch.undo()
+    shutil.rmtree(out)
+    weight_diff.recover(pair[0], pair[2], str(out), test_inference=False, resume=True)
+    assert_same_files(out, pair[1])
+
+
 def test_too_small_a_disk_is_told_before_the_start(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
     assert "GB are free on its disk" in refused(weight_diff.recover, pair[0], pair[2], str(tmp_path / "out"))
@@ -598,6 +625,10 @@ def test_verify_and_info_tell_what_a_folder_is(pair, tmp_path, capsys):
         weight_diff.verify(path, against)
         assert f"{what}, 19 tensors, each as the manifest says" in capsys.readouterr().out
     assert "has no manifest" in refused(weight_diff.verify, raw)
+    for path in (raw, diff, out):
+        assert f"{out} is a recovered model, not a diff" in refused(weight_diff.verify, path, out)
+    weight_diff.info(out)
+    assert capsys.readouterr().out.endswith("a recovered model, not a diff\n")
     weight_diff.info(diff)
     printed = capsys.readouterr().out
     assert "base: a model of hidden size 48, 2 layers, 40 rows, fingerprint " in printed
@@ -618,6 +649,12 @@ def test_model_that_does_not_fit_in_memory_is_not_asked(pair, tmp_path, monkeypa
     monkeypatch.setattr(weight_diff, "_free_memory", lambda: 1000)
     weight_diff.recover(pair[0], pair[2], str(tmp_path / "out"))
     assert "no test inference: the model takes" in capsys.readouterr().out
+
+
+def test_a_device_that_is_not_there_costs_no_recovered_model(tiny, tmp_path, capsys):
+    raw, tuned = str(tiny / "llama" / "raw"), str(tiny / "llama" / "tuned")
+    weight_diff.recover(raw, make_diff(raw, tuned, str(tmp_path)), str(tmp_path / "out"), device="cuda:99")
+    assert "no test inference: " in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
