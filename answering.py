@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tokenization import load_tokenizer
-from utils import UserError, format_prompt, jload
+from utils import UserError, check_text, format_prompt, jload
 
 DTYPES = ("float32", "bfloat16", "float16")
 # In another batch, float32 matrix products round differently, and two tokens that nearly tie may change places. Nearly:
@@ -205,11 +205,16 @@ class Alpaca:
 
         Returns:
             The ids, and None or one line that says what was cut.
+
+        Raises:
+            UserError: the example is no text, or the context too small for the template.
         """
 
         def tokens(fields: Mapping[str, str]) -> list[int]:
             return self.tokenizer(format_prompt(fields))["input_ids"]
 
+        for field in ("instruction", "input"):
+            check_text(f"the {field}", example.get(field) or "")
         ids = whole = tokens(example)
         room = self.context - self.answer_length(max_new_tokens)
         cut = []

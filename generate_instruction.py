@@ -28,7 +28,7 @@ from harvest import KEYWORDS, Harvest, Rules, tasks_of
 from journal import Journal, read_journal
 from progress import Progress, closing_table, table
 from spending import Spending, find_prices
-from utils import UserError, jdump, load_examples, load_records, run_cli
+from utils import UserError, check_text, jdump, load_examples, load_records, run_cli
 
 # What --dry_run assumes of an answer, before there are any: of 17 tasks asked for most are kept.
 _KEPT_PER_ANSWER, _TOKENS_PER_ANSWER = 13, 1700
@@ -90,6 +90,7 @@ def load_seed_tasks(path: str) -> list[dict[str, str]]:
         for name, value in task.items():
             if not isinstance(value, str) or (name != "input" and not value.strip()):
                 raise UserError(f"{where}: '{name}' must be text, found {json.dumps(value)[:60]}")
+            check_text(f"{where}: '{name}'", value)
         tasks.append(task)
     return tasks
 

@@ -20,7 +20,7 @@ import sys
 from typing import Any
 
 from answering import Alpaca, load, say
-from utils import UserError, atomic_write, jdump, load_examples, run_cli
+from utils import UserError, atomic_write, check_text, jdump, load_examples, run_cli
 
 
 def answer(
@@ -147,6 +147,8 @@ def batch(
         dtype: float32, bfloat16, float16; what fits the device when left out.
         overwrite: whether an output that is already there may be replaced.
     """
+    if not output:
+        raise UserError("--output is empty; name the file to write")
     if os.path.isdir(output) or (os.path.exists(output) and not overwrite):
         raise UserError(
             f"{output} exists; name another --output{'' if os.path.isdir(output) else ' or give --overwrite'}"
@@ -167,7 +169,12 @@ def batch(
     if temperature:  # what is sampled depends on the batch; a greedy run may go on with smaller batches
         run |= {"seed": seed, "batch_size": batch_size}
     journal = f"{output}.partial.jsonl"
-    answers = _answer_all(alpaca, prompts, settings, seed, batch_size, journal, run)
+    try:
+        answers = _answer_all(alpaca, prompts, settings, seed, batch_size, journal, run)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {journal}: {error.strerror}; the answers in it are safe, and the same command goes on there"
+        ) from error
     name = generator or alpaca.name
     jdump([{**e, "output": a, "generator": name} for e, a in zip(examples, answers, strict=True)], output)
     os.unlink(journal)
@@ -183,12 +190,13 @@ def load_instances(path: str) -> list[dict[str, str]]:
     examples = []
     for number, task in enumerate(load_examples(path, require_output=False)):
         instances = task.get("instances", [task])
-        if not isinstance(instances, list) or not all(isinstance(i, dict) for i in instances):
-            raise UserError(f"{path}, record {number}: 'instances' must be a list of objects")
+        if not isinstance(instances, list) or not instances or not all(isinstance(i, dict) for i in instances):
+            raise UserError(f"{path}, record {number}: 'instances' must be a list of one object or more")
         for instance in instances:
             text = instance.get("input") or ""
             if not isinstance(text, str):
                 raise UserError(f"{path}, record {number}: 'input' must be text, found {type(text).__name__}")
+            check_text(f"{path}, record {number}: 'input'", text)
             examples.append({"instruction": task["instruction"], "input": text})
     return examples
 

@@ -256,7 +256,14 @@ def check_example(where: str, record: Mapping[str, Any], *, require_output: bool
             raise UserError(f"{where}: '{field}' must be text, found {found} {example[field]!r:.40}")
         if field != "input" and not example[field].strip():
             raise UserError(f"{where}: '{field}' is empty")
+        check_text(f"{where}: '{field}'", example[field])
     return example
+
+
+def check_text(what: str, text: str) -> None:
+    """Refuses a text with half a surrogate pair, which JSON and a command line can hold and no tokenizer reads."""
+    if half := re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{what} is no text: character {half.start()} is {half.group()!a}, half of a surrogate pair")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

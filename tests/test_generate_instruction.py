@@ -652,6 +652,7 @@ def test_a_failure_in_the_middle_keeps_what_came_and_the_same_command_goes_on(fo
             "line 2: 'instruction' must be text, found 3",
         ),
         ('{"instruction": "x", "instances": [{"input": 1, "output": "y"}]}', "line 2: 'input' must be text, found 1"),
+        (r'{"instruction": "x \ud83d", "instances": [{"output": "y"}]}', "line 2: 'instruction' is no text"),
     ],
 )
 def test_malformed_seed_file_is_refused_with_its_line(folder, server, capsys, line, said):

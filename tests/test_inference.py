@@ -5,12 +5,14 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -277,9 +279,27 @@ def test_self_instruct_tasks_give_one_answer_an_instance(tmp_path):
     (tmp_path / "tasks.jsonl").write_text(json.dumps(task) + "\n" + json.dumps({"instruction": "Hi"}) + "\n")
     expected = [("Shorten.", "a"), ("Shorten.", ""), ("Hi", "")]
     assert [tuple(e.values()) for e in inference.load_instances(str(tmp_path / "tasks.jsonl"))] == expected
-    (tmp_path / "bad.jsonl").write_text(json.dumps({**task, "instances": "none"}))
-    with pytest.raises(UserError, match="'instances' must be a list"):
-        inference.load_instances(str(tmp_path / "bad.jsonl"))
+    for instances, said in (
+        ("none", "'instances' must be a list"),
+        ([], "'instances' must be a list"),
+        ([{"input": "\ud83d"}], "'input' is no text"),
+    ):
+        (tmp_path / "bad.jsonl").write_text(json.dumps({**task, "instances": instances}))
+        with pytest.raises(UserError, match=said):
+            inference.load_instances(str(tmp_path / "bad.jsonl"))
+
+
+def test_a_full_disk_keeps_the_answers_so_far(root, model_path, tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps([{"instruction": f"Say {i}."} for i in range(100)]))
+    command = [sys.executable, "inference.py", "batch", "--model_path", model_path, "--max_new_tokens", "8"]
+    command += ["--data", str(tmp_path / "data.json"), "--output", str(tmp_path / "out.json")]
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2000, 2000))
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2
+    assert "out.json.partial.jsonl: File too large; the answers in it are safe" in done.stderr.splitlines()[-1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert "going on after" in done.stderr
+    assert len(jload(tmp_path / "out.json")) == 100
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,12 +397,19 @@ def test_damaged_model_folder_is_refused_in_one_line(model_copy, name):
         ({"device": "cuda:77"}, "--device cuda:77 cannot be used here"),
         ({"device": "abacus"}, "--device abacus cannot be used here"),
         ({"instruction": " "}, "--instruction is empty"),
+        ({"instruction": "\udcff"}, "the instruction is no text"),
     ],
 )
 def test_wrong_flag_is_refused_in_one_line(model_path, flags, message):
     with pytest.raises(UserError, match=message) as caught:
         inference.answer(model_path, **{"instruction": "Hi", **flags})
     assert "\n" not in str(caught.value)
+
+
+def test_a_batch_without_an_output_name_is_refused_before_it_begins(model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--output is empty"):
+        inference.batch(model_path, "data.json", "")
 
 
 def test_mistake_exits_with_status_2_before_torch_is_loaded(root, tmp_path):

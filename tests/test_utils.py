@@ -221,6 +221,7 @@ GOOD = '{"instruction": "i", "output": "o"}'
         ('[{"instruction": "i", "output": null}]', ", record 0: 'output' must be text, found NoneType None"),
         ('[{"instruction": " ", "output": "o"}]', ", record 0: 'instruction' is empty"),
         ('[{"instruction": "i", "output": "\\n"}]', ", record 0: 'output' is empty"),
+        (r'[{"instruction": "i", "output": "a \ud83d"}]', r", record 0: 'output' is no text: character 2 is '.ud83d'"),
     ],
 )
 def test_malformed_examples_are_refused_with_their_place(content, complaint, tmp_path):
