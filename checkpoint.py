@@ -166,21 +166,22 @@ def gib(size: float) -> str:
 
 
 class StopSignal:
-    """Remembers that SIGTERM has come, so that the step under way is finished and saved.
+    """Remembers, inside a `with` block, that SIGTERM has come, so that what is under way is finished and saved.
 
     Attributes:
         received: whether it has.
     """
 
-    def __init__(self):
+    received = False
+
+    def __enter__(self):
         """Starts listening."""
-        self.received = False
         self._previous = signal.signal(signal.SIGTERM, self._remember)
 
     def _remember(self, number, frame) -> None:
         self.received = True
 
-    def restore(self) -> None:
+    def __exit__(self, *error):
         """Stops listening."""
         signal.signal(signal.SIGTERM, self._previous)
 

@@ -415,17 +415,19 @@ def train() -> None:
         say(trainer.pack(args.max_tokens_per_pass or tokens, shared))
     if packed_model.choose_kernels(args, packed):
         packed_model.compile_layers(model)
-    trainer.train(resume_from_checkpoint=resume)
-    if trainer.stopped:
-        last = checkpoint.last_checkpoint(args.output_dir)
-        say(f"SIGTERM: stopped and saved {last}; the same command with --resume_from_checkpoint True continues")
-        raise SystemExit(143)
-    if data["eval_dataset"] is not None:
-        trainer.log_metrics("eval", trainer.evaluate())
-    trainer.save_state()
-    tensors = trainer.save_verified(*shapes)
+    with trainer.stop_signal:  # also while the model is saved, which may be the first save of the run
+        trainer.train(resume_from_checkpoint=resume)
+        if trainer.stopped:
+            last = checkpoint.last_checkpoint(args.output_dir)
+            say(f"SIGTERM: stopped and saved {last}; the same command with --resume_from_checkpoint True continues")
+            raise SystemExit(143)
+        trainer.save_state()
+        tensors = trainer.save_verified(*shapes)
     say(throughput.closing_table(trainer.state, trainer.throughput))
     say(f"{args.output_dir}: {tensors} tensors saved and read back, all there, of their shapes, finite")
+    if data["eval_dataset"] is not None:
+        trainer.log_metrics("eval", trainer.evaluate())
+        trainer.save_state()
     if model_args.lora_r:
         say(f"merge the adapter: python train.py merge --adapter_dir {args.output_dir} --output_dir MERGED")
 

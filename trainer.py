@@ -18,6 +18,7 @@ class AlpacaTrainer(packing.PackedTrainer):
     """The Trainer with the original's loss, saves that are whole or not there, and a stop when the loss is no number.
 
     Attributes:
+        stop_signal: listens for SIGTERM where the caller enters it.
         stopped: whether SIGTERM ended the run early.
         throughput: counts tokens and time.
     """
@@ -34,7 +35,7 @@ class AlpacaTrainer(packing.PackedTrainer):
         # The one place that decides it. True: the Trainer divides by the tokens of the whole step, over accumulation
         # and ranks. False: each micro-batch is averaged over its own tokens, then the micro-batches over each other.
         self.model_accepts_loss_kwargs = self.args.loss_reduction == "global"
-        self.stopped, self.stop_signal = False, None
+        self.stopped, self.stop_signal = False, checkpoint.StopSignal()
         recomputes = bool(self.args.gradient_checkpointing)
         self.throughput = throughput.Throughput(shape, self.args.device, self.args.world_size, recomputes)
         self._first_step: int | None = None  # of this run, which may continue another
@@ -43,14 +44,10 @@ class AlpacaTrainer(packing.PackedTrainer):
         self._saved_at = -1
 
     def train(self, *args, **kwargs):
-        """Trains; SIGTERM ends it after the step under way, with a checkpoint."""
-        self.stop_signal = checkpoint.StopSignal()
-        try:
-            result = super().train(*args, **kwargs)
-            self.throughput.report(self._sum_over_ranks)  # what came after the last log line
-            return result
-        finally:
-            self.stop_signal.restore()
+        """Trains; a stop signal ends it after the step under way, with a checkpoint."""
+        result = super().train(*args, **kwargs)
+        self.throughput.report(self._sum_over_ranks)  # what came after the last log line
+        return result
 
     def _inner_training_loop(self, *args, **kwargs):
         self.throughput.restart()

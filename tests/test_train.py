@@ -405,6 +405,29 @@ def test_sigterm_saves_and_says_how_to_continue(models, data, tmp_path, monkeypa
     assert not [line for line in lines if "openai" in line]
 
 
+def test_sigterm_after_the_last_step_waits_for_the_model(models, data, tmp_path, monkeypatch):
+    """The original's command saves nothing before its end: a signal then would take the whole run with it."""
+    save, evaluate = train.AlpacaTrainer.save_verified, train.AlpacaTrainer.evaluate
+    there = []
+
+    def save_under_fire(self, *shapes):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save(self, *shapes)
+
+    def look_and_evaluate(self, *args, **kwargs):
+        there.append(os.path.isfile(tmp_path / "out" / "model.safetensors"))
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(train.AlpacaTrainer, "save_verified", save_under_fire)
+    monkeypatch.setattr(train.AlpacaTrainer, "evaluate", look_and_evaluate)
+    previous = signal.signal(signal.SIGTERM, lambda *args: pytest.fail("the signal ends the run before its save"))
+    try:
+        run(monkeypatch, models["llama"], data, tmp_path / "out", "--eval_fraction", "0.25")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert there == [True], "evaluated when the model is on the disk, and not before"
+
+
 def test_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(models, data, tmp_path, monkeypatch):
     more = ("--learning_rate", "1e30", "--max_grad_norm", "0", "--save_strategy", "steps", "--save_steps", "1")
     with pytest.raises(UserError) as stop:
