@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 
@@ -131,7 +132,7 @@ def clear(output_dir: str, overwrite: bool) -> None:
 
 
 def check_disk(output_dir: str, final_bytes: int, checkpoint_bytes: int, checkpoints: int) -> str:
-    """Checks that everything a run will keep fits on the disk.
+    """Checks that everything a run will keep fits on the disk, and that it can be written there.
 
     Args:
         output_dir: where it goes.
@@ -143,7 +144,7 @@ def check_disk(output_dir: str, final_bytes: int, checkpoint_bytes: int, checkpo
         A line that says what is needed and what there is.
 
     Raises:
-        UserError: it doesn't fit.
+        UserError: it doesn't fit, or the folder can't be written to.
     """
     free = shutil.disk_usage(nearest_existing(output_dir)).free
     need = final_bytes + checkpoints * checkpoint_bytes
@@ -153,6 +154,11 @@ def check_disk(output_dir: str, final_bytes: int, checkpoint_bytes: int, checkpo
             f"the disk of {output_dir} has {gib(free)} free and this run needs {gib(need)} ({parts}); free space, "
             "lower --save_total_limit, or pass --save_strategy no or --save_only_model True"
         )
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise UserError(f"cannot write into {output_dir}: {error.strerror}; name another --output_dir") from error
     return f"disk: {gib(need)} needed at most ({parts}), {gib(free)} free"
 
 

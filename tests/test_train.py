@@ -1,5 +1,6 @@
 """train.py: the original's losses, the seed's commands, runs that survive, checkpoints that load."""
 
+import errno
 import importlib
 import json
 import os
@@ -844,3 +845,15 @@ def test_too_little_disk_is_refused_before_weights_load(models, data, tmp_path, 
     saving = ("--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "1")
     with pytest.raises(UserError, match=r"has 1.0 MiB free and this run needs .*2 checkpoint\(s\) of .*lower --save"):
         run(monkeypatch, models["llama"], data, tmp_path / "out", *saving)
+
+
+def test_folder_that_cannot_be_written_is_refused_before_weights_load(models, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_model", None)
+    (tmp_path / "out").mkdir()
+
+    def refuse(dir):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", refuse)  # tests may run as root, whom no mode stops
+    with pytest.raises(UserError, match=r"cannot write into .*out: Permission denied; name another --output_dir"):
+        run(monkeypatch, models["llama"], data, tmp_path / "out")
