@@ -199,6 +199,8 @@ def recover(
         raise UserError(f"--dtype must be {', '.join(DTYPES)}, found {dtype!r}")
     work = PartialFolder(path_tuned, [path_raw, path_diff], overwrite, resume)
     raw, diff, manifest = read_model(path_raw, "--path_raw"), *read_diff(path_diff)
+    for copy in manifest["copies"] if manifest else ():
+        raw.tensors.pop(copy, None)  # of a base whose embeddings aren't tied, as the tuned model's are
     pairs = match_tensors(raw, diff)
     twice = None  # the tensor to which the base is added twice
     if manifest:

@@ -150,6 +150,18 @@ def test_recovered_folder_is_the_tuned_one_byte_for_byte(tmp_path, raw_dtype, tu
     assert_same_files(recover(raw, diff, tmp_path), tuned)
 
 
+@pytest.mark.parametrize("tied", ["raw", "tuned"])
+def test_embeddings_may_be_tied_in_one_of_the_two(tmp_path, tied):
+    folders = dict(zip(("raw", "tuned"), make_pair(tmp_path), strict=True))
+    resave(folders[tied], lambda tensors: tensors.pop(HEAD))
+    config = os.path.join(folders[tied], "config.json")
+    with open(config) as file:
+        settings = json.load(file)
+    write(config, json.dumps({**settings, "tie_word_embeddings": True}))
+    diff = make_diff(*folders.values(), tmp_path)
+    assert_same_files(recover(folders["raw"], diff, tmp_path), folders["tuned"])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bin_of_2023_is_read_on_either_side(tmp_path, dtype):
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
