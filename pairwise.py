@@ -8,7 +8,7 @@ import random
 import sys
 from dataclasses import dataclass
 
-from utils import UserError, load_records
+from utils import UserError, check_text, load_records
 
 Z_95 = 1.959964  # the normal distribution's 97.5 % point
 CHOICES = ("a", "b", "tie")
@@ -59,6 +59,7 @@ def load_pairs(a: str, b: str, seed: int) -> tuple[list[Pair], dict[str, str]]:
             for field in ("instruction", "output"):
                 if not isinstance(record.get(field), str):
                     raise UserError(f"{where}: no text in '{field}'; expected an output of inference.py batch")
+                check_text(f"{where}: '{field}'", record[field])
     if len(sides[0]) != len(sides[1]):
         raise UserError(
             f"{a} has {len(sides[0])} answers and {b} has {len(sides[1])}; compare answers to the same data"

@@ -116,7 +116,8 @@ def _sunburst(axes: Any, found: Diversity) -> None:
         _wedge(axes, first, first - start, (0.25, 0.62), verb, colorsys.hls_to_rgb(hue, 0.76, 0.32))
     axes.set(xlim=(-1.02, 1.02), ylim=(-1.02, 1.02), aspect="equal")
     axes.axis("off")
-    axes.set_title(f"Root verbs and their direct objects: {found.name}, n = {found.total:,} instructions", fontsize=15)
+    title = f"Root verbs and their direct objects: {found.name}, n = {found.total:,} instructions"
+    axes.set_title(title, fontsize=15, parse_math=False)
 
 
 def _wedge(axes: Any, start: float, angle: float, radii: tuple[float, float], label: str, color: Any) -> None:
@@ -144,6 +145,7 @@ def _wedge(axes: Any, start: float, angle: float, radii: tuple[float, float], la
         ha="left" if left else "right",
         va="center_baseline",
         color="#222222",
+        parse_math=False,
     )
 
 

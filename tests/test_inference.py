@@ -596,6 +596,9 @@ def test_judgements_of_other_answers_are_refused(root, outputs, tmp_path):
         with pytest.raises(UserError, match="name another --output"):
             pairwise.Journal(str(tmp_path / kind), pairs, names)
         assert (tmp_path / kind).read_text() == text
+    jdump([{"instruction": "q", "output": "\ud83d"}], str(tmp_path / "half.json"))
+    with pytest.raises(UserError, match="record 0: 'output' is no text"):
+        pairwise.load_pairs(str(tmp_path / "half.json"), outputs[0], seed=42)
     jdump(jload(outputs[0])[:-1], str(tmp_path / "short.json"))
     with pytest.raises(UserError, match=r"has 8 answers and .* has 7"):
         pairwise.load_pairs(outputs[0], str(tmp_path / "short.json"), seed=42)

@@ -243,6 +243,12 @@ def test_compare_puts_two_data_sets_side_by_side(figures, data_path, tmp_path, c
     assert not (tmp_path / "both.png.png").exists()
 
 
+def test_a_file_name_is_no_formula(tmp_path):
+    path = _dump(tmp_path / "a$x_{$.json", ["Sing a song."])
+    parse_analysis.plot(path, str(tmp_path / "figure"))
+    assert (tmp_path / "figure.png").exists()
+
+
 def test_spacy_model_parses_instead_of_the_rules(monkeypatch, data_path, tmp_path, capsys):
     def word(text, pos, dep, *children):
         return types.SimpleNamespace(lemma_=text, pos_=pos, dep_=dep, children=children)
