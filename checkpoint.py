@@ -233,19 +233,24 @@ def _fsync(path: str) -> None:
 
 
 def tensor_shapes(model) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Lists a model's tensors.
+    """Lists a model's tensors as its files hold them: transformers renames some (GPT-NeoX), and splits experts' ones.
 
     Returns:
         Name -> shape, and for tensors that share memory, name -> name of the first.
     """
-    shapes, aliases, first = {}, {}, {}
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    def in_files(tensors: dict) -> dict[str, tuple[int, ...]]:
+        shaped = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
+        return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, shaped).items()}
+
+    aliases, first = {}, {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        shapes[name] = tuple(parameter.shape)
-        if id(parameter) in first:
-            aliases[name] = first[id(parameter)]
-        first.setdefault(id(parameter), name)
-    shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in model.state_dict()}
-    return shapes, aliases
+        if (shared := first.setdefault(id(parameter), name)) != name:
+            [alias], [original] = in_files({name: parameter}), in_files({shared: parameter})
+            aliases[alias] = original
+    return in_files(model.state_dict()), aliases
 
 
 def verify(folder: str, shapes: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> int:

@@ -147,7 +147,16 @@ class AlpacaTrainer(packing.PackedTrainer):
     def _save(self, output_dir=None, state_dict=None):
         if state_dict:  # gathered from shards, where tied tensors no longer share memory: each would be written twice
             state_dict = {k: tensor for k, tensor in state_dict.items() if k not in self.model.all_tied_weights_keys}
+        conversions = getattr(self.model, "_weight_conversions", None)
+        if self._staging:  # a checkpoint: the Trainer resumes by the names in memory; the final model's are its files'
+            self.model._weight_conversions = []
         super()._save(output_dir, state_dict)
+        self.model._weight_conversions = conversions
+
+    def _issue_warnings_after_load(self, load_result):
+        if missing := sorted(set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)):
+            raise UserError(f"the checkpoint lacks {len(missing)} of this model's tensors, {missing[0]} first")
+        super()._issue_warnings_after_load(load_result)
 
     def _save_checkpoint(self, model, trial):
         target = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")

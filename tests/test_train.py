@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import lora
@@ -369,6 +369,24 @@ def test_run_killed_in_a_save_continues_exactly(models, data, tmp_path, monkeypa
     assert run(monkeypatch, models["opt"], data, out, *saving, "--resume_from_checkpoint", "True") == uninterrupted
     assert_same(out, tmp_path / "whole", 1e-7)
     assert not os.path.exists(out / checkpoint.STAGING)
+
+
+def test_model_whose_files_name_tensors_otherwise_continues_exactly(models, data, tmp_path, monkeypatch):
+    """GPT-NeoX's output layer is lm_head in memory and embed_out in its files; the Trainer resumes by the former."""
+    folder, out = tmp_path / "neox", tmp_path / "out"
+    config = {"vocab_size": 700, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("gpt_neox", **config, num_attention_heads=2, max_position_embeddings=512)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(os.path.join(models["llama"], name), folder)
+    whole = run(monkeypatch, str(folder), data, out, "--save_strategy", "steps", "--save_steps", "2")
+    assert "embed_out.weight" in weights(out)
+    more = ("--resume_from_checkpoint", str(out / "checkpoint-2"))
+    assert run(monkeypatch, str(folder), data, tmp_path / "continued", *more) == whole
+    assert_same(tmp_path / "continued", out, 1e-7)
+    shutil.copy(out / "model.safetensors", out / "checkpoint-2")  # names that the Trainer doesn't know
+    with pytest.raises(UserError, match=r"the checkpoint lacks 1 of this model's tensors, lm_head.weight first"):
+        run(monkeypatch, str(folder), data, tmp_path / "other", *more)
 
 
 def test_checkpoint_that_is_not_whole_is_not_continued_from(models, data, tmp_path, monkeypatch):
