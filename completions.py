@@ -321,19 +321,21 @@ def _connect(base_url: str | None, timeout: float) -> Any:
     """The openai client for the given or configured server.
 
     Raises:
-        UserError: neither a key nor a server is known.
+        UserError: neither a key nor a server is known, or one cannot be right.
     """
     import openai
 
     azure = None if base_url else os.environ.get("AZURE_OPENAI_ENDPOINT")
     base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-    key = os.environ.get("AZURE_OPENAI_API_KEY") if azure else None
-    key = key or os.environ.get("OPENAI_API_KEY")
+    variable = "AZURE_OPENAI_API_KEY" if azure and os.environ.get("AZURE_OPENAI_API_KEY") else "OPENAI_API_KEY"
+    key = os.environ.get(variable, "").strip()
     if not key and (azure or not base_url):
         raise UserError(
             "no API key and no server: set OPENAI_API_KEY (Azure: AZURE_OPENAI_API_KEY), or start a local server "
             "(transformers serve MODEL --port 8000) and give --base_url http://127.0.0.1:8000/v1"
         )
+    if not re.fullmatch("[!-~]*", key):  # the HTTP client would print the key with its complaint
+        raise UserError(f"{variable} holds a character that no key has, like a curly quote or a space; copy it anew")
     if not (azure or base_url or "https://").startswith(("http://", "https://")):
         raise UserError(f"--base_url must begin with http:// or https://, found {azure or base_url!r}")
     settings = {"api_key": key or _NO_KEY, "timeout": timeout, "max_retries": 0}
@@ -429,9 +431,8 @@ def _retry_after(headers: Any) -> float | None:
     return max(0.0, email.utils.mktime_tz(parsed) - time.time()) if parsed else None
 
 
-def _shortened(names: list[str], most: int = 40) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
 
 
 async def complete_all(

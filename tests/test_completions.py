@@ -277,6 +277,16 @@ def test_no_key_and_no_server_names_both_ways_out():
         Client()
 
 
+@pytest.mark.parametrize("key", ["sk-sec ret", "sk-\u2026secret", "\u201csk-secret\u201d", "sk\nsecret"])
+def test_a_key_that_cannot_be_one_is_refused_and_not_printed(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match="OPENAI_API_KEY holds a character that no key has") as caught:
+        completions.Client()
+    assert key not in str(caught.value)
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-secret\r\n")
+    assert completions.Client().openai.api_key == "sk-secret"
+
+
 def test_base_url_and_key_come_from_the_environment(monkeypatch):
     with Server(key="k") as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
