@@ -210,4 +210,7 @@ if __name__ == "__main__":
     elif sys.argv[1:]:
         refuse(f"unknown argument {sys.argv[1]}; there is check, or none")
     else:
-        main()
+        try:
+            main()
+        except KeyboardInterrupt:
+            sys.exit(130)

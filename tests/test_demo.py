@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -43,6 +44,19 @@ def test_occupied_port_is_refused_before_anything_is_removed(root, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: port {port} is occupied; leave PORT out or name another: make demo PORT=8765\n"
     assert kept.is_dir()
+
+
+def test_ctrl_c_ends_the_demo_without_a_traceback(root, tmp_path):
+    (tmp_path / "recordings").mkdir()
+    (tmp_path / "recordings" / "replay.py").write_text("import time\ntime.sleep(3)\n")
+    with subprocess.Popen(
+        [sys.executable, f"{root}/demo.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while "replay.py" not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == ""
+        assert process.wait() == 130
 
 
 @pytest.mark.parametrize("python", ["no-such-python", "false"])
