@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 
-from utils import UserError, jload, nearest_existing
+from utils import UserError, jload, nearest_existing, say
 
 STAGING = ".saving"  # a checkpoint is written here and renamed once all ranks have written all of it
 
@@ -110,6 +110,39 @@ def check_whole(folder: str) -> None:
         raise UserError(
             f"{folder} holds no optimizer state (--save_only_model saves none) to continue with exactly; {hint}, or "
             f"start anew with --model_name_or_path {folder}"
+        )
+
+
+def check_same_run(folder: str, config, lora_r: int, args, steps: int) -> None:
+    """Checks that a checkpoint is of the model that is to be trained, and says when its run was cut otherwise.
+
+    Args:
+        folder: the checkpoint.
+        config: the model's.
+        lora_r: rank of the adapter; 0 where all weights are trained.
+        args: train.py's.
+        steps: of this run.
+
+    Raises:
+        UserError: names what differs.
+    """
+    found, ours = {"lora_r": 0}, {**config.to_dict(), "lora_r": lora_r}
+    if os.path.isfile(path := os.path.join(folder, "adapter_config.json")):
+        found["lora_r"] = jload(path)["r"]
+    elif os.path.isfile(path := os.path.join(folder, "config.json")):
+        found |= jload(path)
+    for name in ("lora_r", "model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        if name in found and found[name] != ours.get(name):
+            raise UserError(
+                f"--resume_from_checkpoint {folder}: its {name} is {found[name]}, this run's {ours.get(name)}; "
+                "continue with the flags that the run was started with"
+            )
+    state = jload(os.path.join(folder, "trainer_state.json"))
+    same_length = args.max_steps <= 0 and math.ceil(args.num_train_epochs) == state["num_train_epochs"]
+    if same_length and state["max_steps"] != steps:
+        say(
+            f"{folder} is of a run of {state['max_steps']} steps, this one has {steps}: data, batch or number of "
+            "processes differ, and some examples will be learned twice or not at all"
         )
 
 

@@ -334,8 +334,7 @@ def check(args, skeleton, adapt: Callable | None, examples: int) -> ModelShape:
             args.gradient_checkpointing, plan = True, recomputing
             args.activation_checkpointing = True  # what transformers 5.23 reads, and 5.17 doesn't know
     say(check_memory(shape, lora, plan, args.device))
-    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(examples / step) * args.num_train_epochs)
+    steps = total_steps(args, examples)
     kept = checkpoint.saves_kept(
         steps, args.save_strategy, args.save_steps, args.num_train_epochs, args.save_total_limit
     )
@@ -345,6 +344,20 @@ def check(args, skeleton, adapt: Callable | None, examples: int) -> ModelShape:
     )
     say(checkpoint.check_disk(args.output_dir, weights, weights + states, kept))
     return shape
+
+
+def total_steps(args, examples: int) -> int:
+    """Counts the optimizer steps of a run.
+
+    Raises:
+        UserError: there are too few examples for a single batch.
+    """
+    batches = examples / (args.per_device_train_batch_size * args.world_size)
+    if args.dataloader_drop_last and batches < 1:
+        raise UserError(f"--dataloader_drop_last True drops all of the {examples} example(s): a batch takes more")
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    return args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
 
 
 def free_memory(device) -> tuple[float, float]:

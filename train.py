@@ -39,6 +39,7 @@ import resources
 import sharding
 import throughput
 import tokenization
+from packing import IGNORE_INDEX
 from trainer import AlpacaTrainer
 from utils import (
     DEFAULT_BOS_TOKEN,
@@ -70,8 +71,6 @@ __all__ = [
     "smart_tokenizer_and_embedding_resize",
     "train",
 ]
-
-IGNORE_INDEX = -100
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,19 +315,17 @@ def load_skeleton(model_args: ModelArguments, args: TrainingArguments):
     Raises:
         UserError: there is no such model, or it doesn't take `model_max_length` tokens.
     """
+    name = model_args.model_name_or_path
     try:
-        tokenizer, notes = tokenization.load_tokenizer(
-            model_args.model_name_or_path, args.model_max_length, args.cache_dir
-        )
-        config = transformers.AutoConfig.from_pretrained(model_args.model_name_or_path, cache_dir=args.cache_dir)
+        tokenizer, notes = tokenization.load_tokenizer(name, args.model_max_length, args.cache_dir)
+        config = transformers.AutoConfig.from_pretrained(name, cache_dir=args.cache_dir)
         model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {model_args.model_name_or_path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot load {name}: {' '.join(str(error).split())}") from error
     except KeyError:
-        raise UserError(f"{model_args.model_name_or_path} is a {config.model_type}, no causal language model") from None
+        raise UserError(f"{name} is a {config.model_type}, no causal language model") from None
     if getattr(config, "alpaca_weight_diff", False):
-        diff = model_args.model_name_or_path
-        raise UserError(f"{diff} is a weight diff, not a model; python weight_diff.py recover makes the model first")
+        raise UserError(f"{name} is a weight diff, not a model; python weight_diff.py recover makes the model first")
     longest = getattr(config, "max_position_embeddings", None)
     if longest and args.model_max_length > longest:
         raise UserError(f"--model_max_length {args.model_max_length} exceeds the model's {longest} positions")
@@ -401,6 +398,9 @@ def train() -> None:
     if packed:
         packing.check_pass(args.max_tokens_per_pass, data["train_dataset"])
     shape = resources.check(args, skeleton, model_args.adapt if model_args.lora_r else None, len(data["train_dataset"]))
+    if resume:
+        steps = resources.total_steps(args, len(data["train_dataset"]))
+        checkpoint.check_same_run(resume, skeleton.config, model_args.lora_r, args, steps)
     if choice := resources.choose_resharding(shape, args, packed):
         say(choice)
     tokens = resources.tokens_per_pass(shape, args)

@@ -405,6 +405,25 @@ def test_checkpoint_that_is_not_whole_is_not_continued_from(models, data, tmp_pa
         run(monkeypatch, models["llama"], data, out, "--resume_from_checkpoint", "True")
 
 
+def test_checkpoint_of_another_run_is_refused_or_told(models, data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    run(monkeypatch, models["llama"], data, out, "--save_strategy", "steps", "--save_steps", "2")
+    resume = ("--resume_from_checkpoint", str(out / "checkpoint-2"))
+    assert "processes differ" not in capsys.readouterr().out
+    run(monkeypatch, models["llama"], data, tmp_path / "again", *resume)
+    run(monkeypatch, models["llama"], data, tmp_path / "longer", *resume, "--num_train_epochs", "2")
+    assert "processes differ" not in capsys.readouterr().out
+    run(monkeypatch, models["llama"], data, tmp_path / "smaller", *resume, batch=2)
+    assert (
+        "is of a run of 4 steps, this one has 8: data, batch or number of processes differ" in capsys.readouterr().out
+    )
+    monkeypatch.setattr(train, "load_model", None)
+    with pytest.raises(UserError, match="its lora_r is 0, this run's 4; continue with the flags that the run was"):
+        run(monkeypatch, models["llama"], data, tmp_path / "lora", *resume, "--lora_r", "4")
+    with pytest.raises(UserError, match="its model_type is llama, this run's opt; "):
+        run(monkeypatch, models["opt"], data, tmp_path / "opt", *resume)
+
+
 def test_sigterm_saves_and_says_how_to_continue(models, data, tmp_path, monkeypatch, root):
     out = tmp_path / "out"
     process = start(arguments(models["llama"], data, out, "--max_steps", "500"), root)
@@ -875,3 +894,9 @@ def test_folder_that_cannot_be_written_is_refused_before_weights_load(models, da
     monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", refuse)  # tests may run as root, whom no mode stops
     with pytest.raises(UserError, match=r"cannot write into .*out: Permission denied; name another --output_dir"):
         run(monkeypatch, models["llama"], data, tmp_path / "out")
+
+
+def test_batch_that_no_example_is_left_for_is_refused(models, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_model", None)
+    with pytest.raises(UserError, match=r"--dataloader_drop_last True drops all of the 32 example\(s\)"):
+        run(monkeypatch, models["llama"], data, tmp_path / "out", "--dataloader_drop_last", "True", batch=64)
