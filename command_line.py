@@ -43,7 +43,7 @@ def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> Non
         if asks_help:
             _print_help(commands, command)
         commands[command](**_read_flags(commands[command], command, argv[1:]))
-        sys.stdout.flush()
+        print(end="", flush=True)  # what a closed pipe refuses is told here and not at Python's end
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import stat
 import subprocess
 import sys
@@ -346,6 +347,13 @@ def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(root):
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 141
+
+
+def test_a_command_runs_without_a_stdout(root):
+    program = "from utils import run_cli\nrun_cli({'say': lambda: print('word')})"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} say >&-"
+    done = subprocess.run(command, shell=True, cwd=root, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("line", ["--help", "-h", "answer --help", "answer --instruction x -h"])
