@@ -6,6 +6,7 @@ Importing the Trainer takes seconds. So the dataclasses that define the flags ar
 import ast
 import difflib
 import importlib.util
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -138,19 +139,22 @@ def check_values(model_args, data_args, args) -> None:
         raise UserError("--pure_bf16 is for full fine-tuning without --deepspeed; LoRA and ZeRO-3 hold float32 masters")
     positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     for name in (*positive, "num_train_epochs", "save_steps", "lora_alpha"):
-        if (value := getattr(model_args if name == "lora_alpha" else args, name)) <= 0:
+        if not 0 < (value := getattr(model_args if name == "lora_alpha" else args, name)) < math.inf:
             raise UserError(f"--{name} must be above 0, found {value}")
-    for name in ("learning_rate", "seed", "max_tokens_per_pass"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} must be at least 0, found {getattr(args, name)}")
+    for name in ("learning_rate", "weight_decay", "seed", "max_tokens_per_pass"):
+        if not 0 <= (value := getattr(args, name)) < math.inf:
+            raise UserError(f"--{name} must be at least 0, found {value}")
+    if args.seed >= 2**32:
+        raise UserError(f"--seed must be below {2**32}, found {args.seed}")
     if not 0 <= (args.warmup_ratio or 0) < 1:
         raise UserError(f"--warmup_ratio must be at least 0 and below 1, found {args.warmup_ratio}")
     if not 0 <= model_args.lora_dropout < 1:
         raise UserError(f"--lora_dropout must be at least 0 and below 1, found {model_args.lora_dropout}")
     if args.remove_unused_columns:
         raise UserError("--remove_unused_columns True would drop the records' numbers, which errors are reported by")
-    if args.label_smoothing_factor and args.padding_free.lower() != "false":
-        raise UserError("--label_smoothing_factor needs --padding_free false")
+    for name in ("label_smoothing_factor", "neftune_noise_alpha"):  # its noise goes by a padded example's length
+        if getattr(args, name) and args.padding_free.lower() != "false":
+            raise UserError(f"--{name} needs --padding_free false")
     name = model_args.model_name_or_path
     if not os.path.isdir(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise UserError(f"--model_name_or_path {name}: no such folder; expected a model's folder or a Hub id")
@@ -161,6 +165,8 @@ def check_values(model_args, data_args, args) -> None:
         raise UserError(f"--model_max_length must be at least 2, found {args.model_max_length}")
     if model_args.lora_r < 0:
         raise UserError(f"--lora_r must be 0 (train all weights) or more, found {model_args.lora_r}")
+    if model_args.lora_target_modules and not model_args.lora_r:
+        raise UserError("--lora_target_modules needs --lora_r, the adapter's rank; without it all weights are trained")
     needs_best = args.load_best_model_at_end or args.save_strategy == "best"
     if needs_best and not (data_args.eval_data_path or data_args.eval_fraction):
         flag = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy best"

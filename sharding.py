@@ -72,11 +72,14 @@ def _say_going_on(reason: str) -> None:
 
 def _read_config(flag: str, value: str | dict) -> dict:
     """Reads what the Trainer takes: a JSON file's path, JSON itself, or a dictionary."""
+    name = value if isinstance(value, str) else flag
     if isinstance(value, str) and value.lstrip().startswith("{"):
-        text = io.StringIO(value)
-        text.name = flag
-        return jload(text)
-    return jload(value) if isinstance(value, str) else value
+        value = io.StringIO(value)
+        value.name = name = flag
+    config = value if isinstance(value, dict) else jload(value)
+    if not isinstance(config, dict):
+        raise UserError(f"{name} holds a {type(config).__name__}; expected a JSON object of settings")
+    return config
 
 
 def read_fsdp(args) -> None:

@@ -28,6 +28,7 @@ import tiny_model
 import train
 from utils import UserError, alpaca_chat_template, format_prompt
 
+BUNDLED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "alpaca_data.json")
 CONFIG = {
     "llama": {"num_key_value_heads": 4, "intermediate_size": 172, "bos_token_id": 1, "eos_token_id": 2},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
@@ -631,15 +632,22 @@ def test_wrong_record_is_named(models, data, tmp_path, monkeypatch, broken, word
         (["--model_name_or_path", "../no/such"], "--model_name_or_path ../no/such: no such folder"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be above 0, found 0"),
         (["--learning_rate", "-1"], "--learning_rate must be at least 0, found -1.0"),
+        (["--learning_rate", "nan"], "--learning_rate must be at least 0, found nan"),
+        (["--num_train_epochs", "inf"], "--num_train_epochs must be above 0, found inf"),
+        (["--lora_r", "4", "--lora_alpha", "nan"], "--lora_alpha must be above 0, found nan"),
+        (["--seed", "4294967296"], "--seed must be below 4294967296, found 4294967296"),
         (["--warmup_ratio", "2"], "--warmup_ratio must be at least 0 and below 1, found 2.0"),
         (["--lora_r", "4", "--lora_dropout", "1.5"], "--lora_dropout must be at least 0 and below 1, found 1.5"),
         (["--bf16", "True", "--fp16", "True"], "--bf16 and --fp16 are two types to compute in; give one"),
         (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor needs --padding_free false"),
+        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha needs --padding_free false"),
+        (["--lora_target_modules", "q_proj"], "--lora_target_modules needs --lora_r, the adapter's rank"),
         (["--remove_unused_columns", "True"], "--remove_unused_columns True would drop the records' numbers"),
         (["--save_strategy", "best"], "--save_strategy best needs --eval_data_path or --eval_fraction"),
         (["--report_to", "paper"], "--report_to paper is not supported"),
         (["--output_dir", __file__ + "/out"], "test_train.py is a file; name a folder"),
         (["--deepspeed", "no/such.json"], "cannot read no/such.json"),
+        (["--deepspeed", BUNDLED], "alpaca_data.json holds a list; expected a JSON object of settings"),
         (["--fsdp", "fullshard"], "--fsdp fullshard: FSDP2 knows full_shard, shard_grad_op"),
         (["--fsdp", "full_shard", "--fsdp_config", "no/such.json"], "cannot read no/such.json"),
         (["--max_tokens_per_pass", "-1"], "--max_tokens_per_pass must be at least 0, found -1"),
