@@ -52,7 +52,7 @@ async def ask_in_batches(run: Run, client: Client, output_dir: str) -> None:
             answers, errors = await _results(client, batch, state["indices"])
         except UserError as error:
             raise UserError(
-                f"{error}; {state_path} keeps the batch for the same command, without it answers are asked for anew"
+                f"{error}; the same command takes the batch up again, or asks and pays anew if {state_path} is deleted"
             ) from error
         run.take({index: answer for index, answer in answers.items() if index not in run.journal.records})
         os.unlink(state_path)

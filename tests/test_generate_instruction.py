@@ -558,7 +558,7 @@ def test_half_a_file_of_results_loses_nothing(folder, server, capsys, monkeypatc
     spoil_batches(monkeypatch, halve)
     said = fails(capsys, server, batch_api=True, max_retries=0)
     assert "is no result" in said
-    assert "out/batch.json keeps the batch" in said
+    assert "takes the batch up again, or asks and pays anew if out/batch.json is deleted" in said
     for name, text in rest.items():
         server.files[name] += text
     generate(server, batch_api=True)
