@@ -388,7 +388,7 @@ def load_dataset_examples(data_path: str, cache_dir: str | None = None) -> list[
     """
     from utils import check_example, load_examples
 
-    if os.path.exists(data_path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", data_path) or data_path.endswith(".json"):
+    if os.path.exists(data_path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", data_path) or ".json" in data_path:
         return load_examples(data_path)
     try:
         import datasets

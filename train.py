@@ -40,7 +40,7 @@ import sharding
 import throughput
 import tokenization
 from packing import IGNORE_INDEX
-from trainer import AlpacaTrainer
+from trainer import AlpacaTrainer, check_labels
 from utils import (
     DEFAULT_BOS_TOKEN,
     DEFAULT_EOS_TOKEN,
@@ -346,9 +346,6 @@ def describe_data(data: Mapping, tokenizer) -> None:
     say(f"data: {len(dataset):,} examples{held_out}; {tokens:,} tokens, {learned:,} of them learned")
     if dataset.truncated:
         say(f"{dataset.truncated} example(s) longer than {limit} tokens are cut: they don't teach the model to stop")
-    if empty := dataset.unlearnable():
-        shown = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
-        say(f"{len(empty)} example(s) have nothing to learn, their prompt alone fills {limit} tokens: records {shown}")
     ids, is_prompt = dataset.input_ids[0], dataset.labels[0] == IGNORE_INDEX
     prompt, answer = tokenizer.decode(ids[is_prompt]), tokenizer.decode(ids[~is_prompt])
     say(f"--- record {dataset.records[0]}, prompt (not learned):\n{prompt}\n--- answer (learned):\n{answer}\n---")
@@ -395,6 +392,7 @@ def train() -> None:
     with args.main_process_first(local=True):
         data = make_supervised_data_module(tokenizer, data_args, args.seed)
     describe_data(data, tokenizer)
+    check_labels(data["train_dataset"], args.per_device_train_batch_size)
     if packed:
         packing.check_pass(args.max_tokens_per_pass, data["train_dataset"])
     shape = resources.check(args, skeleton, model_args.adapt if model_args.lora_r else None, len(data["train_dataset"]))

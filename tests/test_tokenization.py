@@ -246,6 +246,8 @@ def test_broken_cache_is_tokenized_again(llama_dir, examples, tmp_path):
 def test_hub_id_without_a_network_is_refused_in_one_line():
     with pytest.raises(UserError, match="cannot load nobody/nothing from the Hub"):
         tokenization.load_dataset_examples("nobody/nothing")
+    with pytest.raises(UserError, match=r"cannot read data/missing.jsonl: No such file"):
+        tokenization.load_dataset_examples("data/missing.jsonl")
 
 
 def test_real_llama_tokenizer_gives_sentencepieces_ids_on_real_records(reference_dir, tmp_path):

@@ -489,7 +489,18 @@ def test_batch_without_a_label_stops_with_its_records(models, data, tmp_path, mo
     with pytest.raises(UserError, match=r"stopped at step 2: nothing to learn on records \[4, 5\]"):
         run(monkeypatch, models["llama"], str(path), tmp_path / "out", *more, batch=2)
     output = capsys.readouterr().out
-    assert "2 example(s) have nothing to learn, their prompt alone fills 512 tokens: records 4, 5" in output
+    assert "2 example(s) have nothing to learn, --model_max_length cuts their answer off: records 4, 5" in output
+
+
+def test_batch_that_cannot_have_a_label_is_refused_before_weights_load(models, data, tmp_path, monkeypatch):
+    with open(data, encoding="utf-8") as file:
+        examples = json.load(file)[:2]
+    examples[1]["instruction"] = "much too long " * 200
+    monkeypatch.setattr(train, "load_model", None)
+    for name, chosen, batch in (("all", examples[1:], 4), ("one", examples, 1)):
+        (tmp_path / name).write_text(json.dumps(chosen))
+        with pytest.raises(UserError, match=r"1 example\(s\) have nothing to learn.* records \d; each batch needs one"):
+            run(monkeypatch, models["llama"], str(tmp_path / name), tmp_path / "out", batch=batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
