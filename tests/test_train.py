@@ -499,7 +499,7 @@ def test_batch_that_cannot_have_a_label_is_refused_before_weights_load(models, d
     monkeypatch.setattr(train, "load_model", None)
     for name, chosen, batch in (("all", examples[1:], 4), ("one", examples, 1)):
         (tmp_path / name).write_text(json.dumps(chosen))
-        with pytest.raises(UserError, match=r"1 example\(s\) have nothing to learn.* records \d; each batch needs one"):
+        with pytest.raises(UserError, match=r"1 example\(s\) have nothing to learn.* records \d; a batch needs one"):
             run(monkeypatch, models["llama"], str(tmp_path / name), tmp_path / "out", batch=batch)
 
 
