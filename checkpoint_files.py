@@ -114,7 +114,7 @@ def read_checkpoint(folder: str) -> Checkpoint:
         if os.path.exists(index):
             found = jload(index)
             promised = found.get("weight_map") if isinstance(found, dict) else None
-            if not isinstance(promised, dict) or not promised:
+            if not isinstance(promised, dict) or not promised or not all(isinstance(f, str) for f in promised.values()):
                 raise UserError(f"{index} has no weight_map; download it again")
             return _read_files(folder, promised, sorted(set(promised.values())), read)
     raise UserError(f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin and no index of shards")

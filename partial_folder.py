@@ -104,7 +104,8 @@ class PartialFolder:
         if self._resume and lines:
             self._done = {entry["name"]: entry for entry in map(json.loads, lines[1:])}
             for path in output.headers:
-                if not os.path.exists(path):  # stopped within `publish`
+                # Stopped within `publish`; where nothing is done yet, a full disk may have left fewer files.
+                if self._done and not os.path.exists(path):
                     os.rename(path.removesuffix(SUFFIX), path)
         else:
             self._clear()

@@ -435,6 +435,11 @@ def test_damaged_and_missing_files_are_named(pair, tmp_path):
         (1, pointer, f"{shard} is a Git LFS pointer"),
         (1, truncate(shard, 5000), f"{shard} is truncated"),
         (1, truncate(shard, 4), f"{shard} is truncated"),
+        (
+            1,
+            lambda folder: write(f"{folder}/model.safetensors.index.json", '{"weight_map": {"a": 5}}'),
+            "no weight_map",
+        ),
         (0, truncate("model.safetensors", 5000), "model.safetensors is truncated"),
         (0, lambda folder: os.unlink(os.path.join(folder, "model.safetensors")), "holds no weights"),
         (0, lambda folder: os.unlink(os.path.join(folder, "config.json")), "has no config.json"),
@@ -555,6 +560,21 @@ def test_disk_space_is_taken_at_the_start_where_the_file_system_can(pair, tmp_pa
     else:
         assert "is full; make room" in refused(weight_diff.recover, pair[0], pair[2], str(tmp_path / "out"))
         assert os.listdir(tmp_path) == ["out.partial"]
+
+
+def test_a_disk_that_was_full_at_the_start_is_no_hindrance_once_there_is_room(pair, tmp_path, monkeypatch):
+    calls = []
+
+    def fallocate(descriptor, offset, size):
+        calls.append(size)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    out = str(tmp_path / "out")
+    assert "run again with --resume" in refused(weight_diff.recover, pair[0], pair[2], out)
+    weight_diff.recover(pair[0], pair[2], out, test_inference=False, resume=True)
+    assert_same_files(out, pair[1])
 
 
 def test_written_files_are_readable_like_any_other(pair, tmp_path):
