@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and a final model that is read back before the run says it is done."""
 
 import contextlib
+import fcntl
 import glob
 import math
 import os
@@ -10,7 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 
-from utils import UserError, jload, nearest_existing, say
+from utils import UserError, is_main, jload, nearest_existing, say
 
 STAGING = ".saving"  # a checkpoint is written here and renamed once all ranks have written all of it
 
@@ -156,12 +157,32 @@ def last_checkpoint(output_dir: str) -> str | None:
     return steps[max(steps)] if steps else None
 
 
-def clear(output_dir: str, overwrite: bool) -> None:
-    """Removes what an interrupted save left, and with `overwrite` the checkpoints of an earlier run."""
-    shutil.rmtree(os.path.join(output_dir, STAGING), ignore_errors=True)
-    if overwrite:
-        for path in glob.glob(os.path.join(output_dir, "checkpoint-*")):
+@contextlib.contextmanager
+def claimed(output_dir: str, overwrite: bool) -> Iterator[None]:
+    """Keeps other runs out of a folder while the block lasts, and clears it.
+
+    Removed is what an interrupted save left, and with `overwrite` the checkpoints of an earlier run.
+
+    Raises:
+        UserError: another run is at work there.
+    """
+    if not is_main():
+        yield
+        return
+    descriptor = os.open(output_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing {output_dir}; wait for it, or name another --output_dir") from None
+        except OSError:
+            pass  # a file system without locks
+        shutil.rmtree(os.path.join(output_dir, STAGING), ignore_errors=True)
+        for path in glob.glob(os.path.join(output_dir, "checkpoint-*")) if overwrite else ():
             shutil.rmtree(path)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_disk(output_dir: str, final_bytes: int, checkpoint_bytes: int, checkpoints: int) -> str:

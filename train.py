@@ -406,14 +406,13 @@ def train() -> None:
     set_seed(args.seed)
     model = load_model(model_args, args, tokenizer, skeleton.config)
     shapes = lora.adapter_shapes(model) if model_args.lora_r else checkpoint.tensor_shapes(skeleton)
-    if is_main():
-        checkpoint.clear(args.output_dir, args.overwrite_output_dir)
     trainer = AlpacaTrainer(model=model, args=args, processing_class=tokenizer, shape=shape, **data)
     if packed:
         say(trainer.pack(args.max_tokens_per_pass or tokens, shared))
     if packed_model.choose_kernels(args, packed):
         packed_model.compile_layers(model)
-    with trainer.stop_signal:  # also while the model is saved, which may be the first save of the run
+    # SIGTERM waits also while the model is saved, which may be the first save of the run.
+    with checkpoint.claimed(args.output_dir, args.overwrite_output_dir), trainer.stop_signal:
         trainer.train(resume_from_checkpoint=resume)
         if trainer.stopped:
             last = checkpoint.last_checkpoint(args.output_dir)

@@ -731,6 +731,22 @@ def test_earlier_run_is_not_written_over(models, data, tmp_path, monkeypatch):
         run(monkeypatch, models["llama"], data, out)
 
 
+def test_folder_of_a_run_at_work_is_left_alone(models, data, tmp_path, monkeypatch):
+    out, train_it = tmp_path / "out", train.AlpacaTrainer.train
+
+    def start_another(self, **kwargs):
+        (out / checkpoint.STAGING).mkdir()
+        monkeypatch.setattr(train.AlpacaTrainer, "train", train_it)
+        with pytest.raises(UserError, match=r"another run is writing .*out; wait for it, or"):
+            run(monkeypatch, models["llama"], data, out, "--overwrite_output_dir", "True")
+        assert (out / checkpoint.STAGING).is_dir(), "the other run's save goes on"
+        return train_it(self, **kwargs)
+
+    monkeypatch.setattr(train.AlpacaTrainer, "train", start_another)
+    run(monkeypatch, models["llama"], data, out)
+    run(monkeypatch, models["llama"], data, out, "--overwrite_output_dir", "True")
+
+
 @pytest.mark.parametrize(
     ("flags", "package"),
     [
