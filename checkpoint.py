@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and a final model that is read back before the run says it is done."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import math
@@ -223,6 +224,33 @@ def gib(size: float) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # During training
+
+
+@contextlib.contextmanager
+def disk_watched(output_dir: str) -> Iterator[None]:
+    """Says in one line that a save failed because of the disk, and what is left; other errors pass.
+
+    Raises:
+        UserError: the disk is full, read-only or broken.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        of_disk = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+        # torch.save tells a full disk by what its zip file lacks
+        if not (of_disk or isinstance(error, SafetensorError) or "inline_container" in str(error)):
+            raise
+        free = gib(shutil.disk_usage(output_dir).free)
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot save into {output_dir}, {free} free ({reason}). {last_good(output_dir)}") from error
+
+
+def last_good(output_dir: str) -> str:
+    """Says what a run that broke off may be continued from."""
+    last = last_checkpoint(output_dir)
+    return f"The last good checkpoint is {last}" if last else "No checkpoint had been saved yet"
 
 
 class StopSignal:

@@ -412,7 +412,8 @@ def train() -> None:
     if packed_model.choose_kernels(args, packed):
         packed_model.compile_layers(model)
     # SIGTERM waits also while the model is saved, which may be the first save of the run.
-    with checkpoint.claimed(args.output_dir, args.overwrite_output_dir), trainer.stop_signal:
+    claimed = checkpoint.claimed(args.output_dir, args.overwrite_output_dir)
+    with claimed, checkpoint.disk_watched(args.output_dir), trainer.stop_signal:
         trainer.train(resume_from_checkpoint=resume)
         if trainer.stopped:
             last = checkpoint.last_checkpoint(args.output_dir)

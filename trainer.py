@@ -132,10 +132,8 @@ class AlpacaTrainer(packing.PackedTrainer):
             everyone: list = [None] * self.args.world_size
             torch.distributed.all_gather_object(everyone, found)
             found = [line for lines in everyone for line in lines]
-        last = checkpoint.last_checkpoint(self.args.output_dir)
-        return f"stopped at step {self.state.global_step + 1}: {'; '.join(found)}. " + (
-            f"The last good checkpoint is {last}" if last else "No checkpoint had been saved yet"
-        )
+        last_good = checkpoint.last_good(self.args.output_dir)
+        return f"stopped at step {self.state.global_step + 1}: {'; '.join(found)}. {last_good}"
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         if self.stopped and self._saved_at != self.state.global_step:

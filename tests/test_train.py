@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -465,6 +466,29 @@ def test_sigterm_after_the_last_step_waits_for_the_model(models, data, tmp_path,
     finally:
         signal.signal(signal.SIGTERM, previous)
     assert there == [True], "evaluated when the model is on the disk, and not before"
+
+
+def test_full_disk_is_told_in_one_line_and_leaves_the_last_good_checkpoint(models, data, tmp_path, monkeypatch):
+    """A limit on the size of files, which the second save meets: once in the weights, once in the optimizer's state."""
+    out, saving = tmp_path / "out", ("--save_strategy", "steps", "--save_steps", "2")
+    no_more = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = train.AlpacaTrainer._save_checkpoint
+    for name, size in (("weights", 500_000), ("optimizer", 1_000_000)):
+
+        def save_until_full(self, *args, size=size):
+            if self.state.global_step > 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            return save(self, *args)
+
+        monkeypatch.setattr(train.AlpacaTrainer, "_save_checkpoint", save_until_full)
+        try:
+            with pytest.raises(UserError, match=rf"cannot save .* free \(.*\)\. The last good .*{name}/checkpoint-2$"):
+                run(monkeypatch, models["llama"], data, out / name, *saving)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        checkpoint.check_whole(str(out / name / "checkpoint-2"))
+    signal.signal(signal.SIGXFSZ, no_more)
 
 
 def test_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(models, data, tmp_path, monkeypatch):
