@@ -11,6 +11,7 @@ import os
 import random
 import re
 import time
+import urllib.parse
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -340,6 +341,7 @@ def _connect(base_url: str | None, timeout: float) -> Any:
         raise UserError(f"--base_url must begin with http:// or https://, found {azure or base_url!r}")
     settings = {"api_key": key or _NO_KEY, "timeout": timeout, "max_retries": 0}
     try:
+        _ = urllib.parse.urlsplit(azure or base_url or "").port  # raises where it is none; httpx does at a request
         if azure and os.environ.get("OPENAI_API_VERSION"):
             return openai.AsyncAzureOpenAI(azure_endpoint=azure, **settings)
         return openai.AsyncOpenAI(base_url=azure.rstrip("/") + "/openai/v1" if azure else base_url, **settings)
@@ -398,9 +400,8 @@ def _cause(error: Any) -> str:
 
 
 def _speaks_no_chat(error: Any, message: str) -> bool:
-    if re.search(r"not a chat model|chat.?template", message, re.IGNORECASE):
-        return True
-    return error.status_code in (405, 501) or (error.status_code == 404 and "model" not in message.lower())
+    unknown = error.status_code in (405, 501) or (error.status_code == 404 and "model" not in message.lower())
+    return unknown or bool(re.search(r"not a chat model|chat.?template", message, re.IGNORECASE))
 
 
 def _refused_parameter(error: Any, message: str, sent: dict[str, Any]) -> str | None:
@@ -440,8 +441,7 @@ async def complete_all(
 ) -> list[Completion]:
     """Completes several prompts, some at a time; the server is the one that the environment names."""
     async with Client() as client:
-        model = model or await client.only_model()
-        slots = asyncio.Semaphore(concurrency)
+        slots, model = asyncio.Semaphore(concurrency), model or await client.only_model()
 
         async def complete(prompt: str | list[dict]) -> Completion:
             async with slots:

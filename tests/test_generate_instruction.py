@@ -678,6 +678,7 @@ def test_malformed_seed_file_is_refused_with_its_line(folder, server, capsys, li
         ({"num_instructions_to_generate": 0}, "--num_instructions_to_generate must be 1 or more"),
         ({"output_dir": "prompt.txt"}, "--output_dir prompt.txt is a file"),
         ({"base_url": "localhost:80/v1"}, "must begin with http:// or https://"),
+        ({"base_url": "http://127.0.0.1:99999/v1"}, "99999/v1' cannot be used: Port out of range"),
         ({"api": "chatty"}, "--api must be auto, chat or completions"),
         ({"modelname": "x"}, "did you mean --model_name"),
     ],
