@@ -114,6 +114,11 @@ def _help(script: str, own: dict[str, Flag], inherited: dict[str, Flag]) -> str:
     return "\n".join(lines)
 
 
+def fail(message: str) -> None:
+    """Raises what argparse has to complain of as a user's mistake."""
+    raise UserError(message)
+
+
 def check_values(model_args, data_args, args) -> None:
     """Refuses values that don't fit their flags or contradict each other.
 

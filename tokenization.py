@@ -380,7 +380,7 @@ def _content_hash(sources: Sequence[str], targets: Sequence[str], tokenizer) -> 
     return digest.hexdigest()[:32]
 
 
-def load_dataset_examples(data_path: str, cache_dir: str | None = None) -> list[dict[str, str]]:
+def load_dataset_examples(data_path: str) -> list[dict[str, str]]:
     """Reads instruction data from a JSON or JSON Lines file, or from a data set on the Hugging Face Hub.
 
     Raises:
@@ -395,7 +395,7 @@ def load_dataset_examples(data_path: str, cache_dir: str | None = None) -> list[
     except ImportError:
         raise UserError(f"{data_path} looks like a Hub data set: pip install datasets, or name a local file") from None
     try:
-        rows = datasets.load_dataset(data_path, split="train", cache_dir=cache_dir)
+        rows = datasets.load_dataset(data_path, split="train")
     except Exception as error:
         raise UserError(f"cannot load {data_path} from the Hub: {str(error).splitlines()[0]}") from error
     return [check_example(f"{data_path}, record {i}", row) for i, row in enumerate(rows)]

@@ -109,7 +109,7 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     """How to train: the Trainer's arguments, the original's own, and the spellings of 2023."""
 
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads go."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where the model's downloads go."})
     optim: str = field(default="adamw_torch", metadata={"help": "The optimizer."})
     model_max_length: int = field(
         default=512, metadata={"help": "Longest sequence in tokens; examples are right-padded, and cut beyond it."}
@@ -176,7 +176,7 @@ def parse_arguments(argv: Sequence[str] | None = None):
         UserError: a value doesn't fit its flag, or flags contradict each other.
     """
     parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
-    parser.error = _refuse
+    parser.error = flags.fail
     try:
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
     except (ValueError, RuntimeError, ImportError, OSError) as error:
@@ -187,10 +187,6 @@ def parse_arguments(argv: Sequence[str] | None = None):
         say(f"--eval_strategy {args.eval_strategy.value}: no --eval_data_path or --eval_fraction; not evaluating")
         args.eval_strategy, args.do_eval, args.eval_on_start = IntervalStrategy.NO, False, False
     return model_args, data_args, args
-
-
-def _refuse(message: str):
-    raise UserError(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,7 +223,8 @@ class SupervisedDataset(Dataset):
     Attributes:
         input_ids: one int64 tensor per example.
         labels: likewise, IGNORE_INDEX where nothing is to be learned.
-        records: each example's number in its file, from 0.
+        data_path: where they come from.
+        records: each example's number there, from 0.
         truncated: how many examples were cut.
     """
 
@@ -393,6 +390,7 @@ def train() -> None:
         data = make_supervised_data_module(tokenizer, data_args, args.seed)
     describe_data(data, tokenizer)
     check_labels(data["train_dataset"], args.per_device_train_batch_size)
+    check_labels(data["eval_dataset"], args.per_device_eval_batch_size)
     if packed:
         packing.check_pass(args.max_tokens_per_pass, data["train_dataset"])
     shape = resources.check(args, skeleton, model_args.adapt if model_args.lora_r else None, len(data["train_dataset"]))
@@ -436,6 +434,8 @@ def main() -> None:
         return run_cli({"merge": lora.merge})
     try:
         train()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
         refuse(error)
     finally:

@@ -18,17 +18,18 @@ def check_labels(dataset, batch_size: int) -> None:
     """Says which examples have nothing to learn, and refuses those that are sure to make a batch of their own.
 
     Args:
-        dataset: train.py's SupervisedDataset.
+        dataset: train.py's SupervisedDataset, or None.
         batch_size: examples of a micro-batch.
 
     Raises:
-        UserError: the run would stop at such a batch.
+        UserError: training would stop at such a batch; in an evaluation the loss would be NaN.
     """
-    empty = dataset.unlearnable()
+    empty = dataset.unlearnable() if dataset else []
     if not empty:
         return
     shown = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
-    found = f"{len(empty)} example(s) have nothing to learn, --model_max_length cuts their answer off: records {shown}"
+    found = f"{dataset.data_path}: {len(empty)} example(s) have nothing to learn, their prompt alone fills "
+    found += f"--model_max_length: records {shown}"
     if batch_size == 1 or len(empty) == len(dataset):
         raise UserError(f"{found}; a batch needs one that has: raise --model_max_length, or leave these records out")
     say(found)

@@ -513,7 +513,7 @@ def test_batch_without_a_label_stops_with_its_records(models, data, tmp_path, mo
     with pytest.raises(UserError, match=r"stopped at step 2: nothing to learn on records \[4, 5\]"):
         run(monkeypatch, models["llama"], str(path), tmp_path / "out", *more, batch=2)
     output = capsys.readouterr().out
-    assert "2 example(s) have nothing to learn, --model_max_length cuts their answer off: records 4, 5" in output
+    assert "2 example(s) have nothing to learn, their prompt alone fills --model_max_length: records 4, 5" in output
 
 
 def test_batch_that_cannot_have_a_label_is_refused_before_weights_load(models, data, tmp_path, monkeypatch):
@@ -525,6 +525,9 @@ def test_batch_that_cannot_have_a_label_is_refused_before_weights_load(models, d
         (tmp_path / name).write_text(json.dumps(chosen))
         with pytest.raises(UserError, match=r"1 example\(s\) have nothing to learn.* records \d; a batch needs one"):
             run(monkeypatch, models["llama"], str(tmp_path / name), tmp_path / "out", batch=batch)
+    more = ("--eval_data_path", tmp_path / "one", "--per_device_eval_batch_size", "1")  # its loss would be NaN
+    with pytest.raises(UserError, match="one: 1 example"):
+        run(monkeypatch, models["llama"], data, tmp_path / "out", *more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
