@@ -34,7 +34,7 @@ def add_adapter(model, r: int, alpha: float, dropout: float, target_modules: str
     try:
         adapted = peft.get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"--lora_target_modules {target_modules}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--lora_r {r}: no adapter fits this model ({str(error).splitlines()[0]})") from error
     for module in adapted.modules():
         if hasattr(module, "lora_A"):
             # Its input is of the type that autocast or FSDP computes in; peft would keep a copy in float32 besides.
@@ -67,20 +67,28 @@ def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> N
     import torch
     import transformers
 
-    from checkpoint import load_model, tensor_shapes, verify
+    from checkpoint import STAGING, load_model, publish, tensor_shapes, verify
 
     settings = os.path.join(adapter_dir, "adapter_config.json")
     if not os.path.isfile(settings):
         raise UserError(f"{adapter_dir} holds no adapter_config.json; expected the output folder of a LoRA run")
-    if os.path.isdir(output_dir) and os.listdir(output_dir):
-        raise UserError(f"{output_dir} is not empty; name a new folder")
+    if os.path.exists(output_dir) and not (os.path.isdir(output_dir) and not os.listdir(output_dir)):
+        raise UserError(f"{output_dir} is not empty, or no folder; name a new one")
     base = base_model or jload(settings)["base_model_name_or_path"]
     try:
         model = load_model(base, torch.float32)
     except UserError as error:
         raise UserError(f"{error}; name the adapter's model with --base_model") from error
-    merged = peft.PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
-    merged.save_pretrained(output_dir)
-    transformers.AutoTokenizer.from_pretrained(adapter_dir).save_pretrained(output_dir)
-    verify(output_dir, *tensor_shapes(merged))
+    try:
+        merged = peft.PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{adapter_dir} is no adapter of {base}: {reason:.200}; name its model with --base_model"
+        ) from error
+    staging = os.path.join(output_dir, STAGING)
+    merged.save_pretrained(staging)
+    transformers.AutoTokenizer.from_pretrained(adapter_dir).save_pretrained(staging)
+    verify(staging, *tensor_shapes(merged))
+    publish(staging, output_dir)
     print(f"{output_dir}: {base} with {adapter_dir} merged into its weights, checked")

@@ -582,6 +582,14 @@ def test_lora_learns_and_merges_to_equal_logits(models, data, tmp_path, monkeypa
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
     with pytest.raises(UserError, match="is not empty"):
         lora.merge(str(out), str(tmp_path / "merged"))
+    with pytest.raises(UserError, match="is not empty, or no folder"):
+        lora.merge(str(out), data)
+    with pytest.raises(UserError, match=r"out is no adapter of .*opt: .*; name its model with --base_model"):
+        lora.merge(str(out), str(tmp_path / "other"), base_model=models["opt"])
+    monkeypatch.setattr(checkpoint, "verify", lambda folder, *shapes: [] / 0)
+    with pytest.raises(TypeError):
+        lora.merge(str(out), str(tmp_path / "broken"))
+    assert os.listdir(tmp_path / "broken") == [checkpoint.STAGING], "what was not read back looks like no model"
 
 
 def test_checkpoint_that_was_not_saved_right_is_not_passed_as_done(models, tmp_path):
