@@ -288,6 +288,8 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments, seed: int =
     examples = dict(enumerate(tokenization.load_dataset_examples(data_args.data_path)))
     held_out = {}
     if data_args.eval_fraction:
+        if len(examples) < 2:
+            raise UserError(f"--eval_fraction {data_args.eval_fraction}: {data_args.data_path} has but one record")
         count = min(len(examples) - 1, max(1, round(len(examples) * data_args.eval_fraction)))
         held_out = {i: examples.pop(i) for i in sorted(random.Random(seed).sample(range(len(examples)), count))}
     eval_dataset = None

@@ -782,6 +782,14 @@ def test_folder_of_a_run_at_work_is_left_alone(models, data, tmp_path, monkeypat
     run(monkeypatch, models["llama"], data, out, "--overwrite_output_dir", "True")
 
 
+def test_single_record_is_not_divided(models, data, tmp_path, monkeypatch):
+    with open(data, encoding="utf-8") as file:
+        (tmp_path / "one.json").write_text(json.dumps(json.load(file)[:1]))
+    monkeypatch.setattr(train, "load_model", None)
+    with pytest.raises(UserError, match=r"--eval_fraction 0.5: .*one.json has but one record"):
+        run(monkeypatch, models["llama"], str(tmp_path / "one.json"), tmp_path / "out", "--eval_fraction", "0.5")
+
+
 @pytest.mark.parametrize(
     ("flags", "package"),
     [
