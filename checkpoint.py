@@ -379,6 +379,8 @@ def publish(staging: str, output_dir: str) -> None:
         if os.path.basename(stale) not in names:
             os.unlink(stale)
     for name in names:
+        if name.endswith(".safetensors"):  # made for their owner alone, where other files go by the umask
+            shutil.copymode(os.path.join(staging, names[-1]), os.path.join(staging, name))
         os.replace(os.path.join(staging, name), os.path.join(output_dir, name))
     shutil.rmtree(staging)
 

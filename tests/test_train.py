@@ -559,6 +559,7 @@ def test_saved_model_answers_what_it_learned(models, data, tmp_path, monkeypatch
     speed = {"tokens_per_s", "useful_tokens_per_s", "mfu", "hardware_mfu", "peak_memory_gib", "hours_left"}
     assert all(speed <= entry.keys() for entry in history if "loss" in entry)
     assert next(entry["eval_loss"] for entry in history if "eval_loss" in entry) < 0.1
+    assert os.stat(out / "model.safetensors").st_mode == os.stat(out / "config.json").st_mode, "others may serve it too"
     assert list(out.rglob("events.out.tfevents.*"))
 
 
