@@ -1,6 +1,7 @@
 """Every test runs offline, without keys, and away from the user's caches."""
 
 import os
+import signal
 
 import pytest
 
@@ -14,6 +15,8 @@ def pytest_configure():
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", NO_PROXY="127.0.0.1,localhost")
     # Scripts that the tests start find the project and the tests' own modules.
     os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
+    # A shell's background jobs ignore Ctrl-C, and so would the scripts that are to be tested with it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
