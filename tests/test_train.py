@@ -936,6 +936,16 @@ def test_estimate_is_what_a_step_holds_at_most(memory, model, sharding, world, c
     assert 0.95 < resources.estimate(shape, plan)[0] / memory.count_step(config, plan, lora_r) < 1.1
 
 
+def test_layer_that_cannot_be_counted_is_estimated_in_silence(memory, caplog):
+    """Experts' grouped matmuls know no float32 on tensors without data."""
+    experts = {"model_type": "mixtral", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+    experts |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    plan = resources.Plan("none", 1, 1, 4, 512, half=False)
+    kept = resources.bytes_kept(memory.make_model(experts, False, 0), plan)
+    assert 34 * 32 < kept < 200 * 32
+    assert not caplog.records
+
+
 def test_recipe_that_fits_is_named():
     gib, plan = 2**30, resources.Plan("none", world=4, local=4, batch=4, length=512, half=True)
 
