@@ -63,7 +63,10 @@ def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> N
         output_dir: a folder that is new or empty.
         base_model: the model that the adapter was trained on; the one named in the adapter when None.
     """
-    import peft
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("merging an adapter needs peft: pip install peft") from error
     import torch
     import transformers
 

@@ -854,6 +854,12 @@ def test_lora_in_bfloat16_learns_what_float32_learns(models, data, tmp_path, mon
     assert noisy == pytest.approx(exact, rel=2e-2)
 
 
+def test_merging_without_peft_says_what_to_install(models, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"^merging an adapter needs peft: pip install peft$"):
+        lora.merge(models["llama"], str(tmp_path / "merged"))
+
+
 def test_lora_targets_are_all_found(models):
     model = AutoModelForCausalLM.from_pretrained(models["llama"])
     assert lora.target_names(lora.add_adapter(model, 2, 4, 0.0, "q_proj, v_proj")) == ["q_proj", "v_proj"]
