@@ -109,8 +109,10 @@ def check_pass(max_tokens: int, examples: Sequence[dict]) -> None:
     Raises:
         UserError: `--max_tokens_per_pass`, where it isn't 0, is too short.
     """
+    if not max_tokens:  # the estimate's passes hold --model_max_length tokens at least
+        return
     longest = max(len(example["input_ids"]) for example in examples)
-    if 0 < max_tokens < longest:
+    if max_tokens < longest:
         raise UserError(f"--max_tokens_per_pass {max_tokens} is too few for the longest example, {longest} tokens")
 
 
