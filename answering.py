@@ -10,8 +10,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tokenization import load_tokenizer
-from utils import UserError, check_text, format_prompt, jload
+from alpaca.cli import UserError
+from alpaca.files import jload
+from alpaca.prompts import format_prompt
+from alpaca.records import check_text
+from alpaca.tokenizers import load_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 # In another batch, float32 matrix products round differently, and two tokens that nearly tie may change places. Nearly:

@@ -9,10 +9,11 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from completions import Client, Completion, Malformed, read_completion
+from alpaca.cli import UserError
+from alpaca.client import Client, Completion, Malformed, read_completion
+from alpaca.files import jdump, jload
+from alpaca.journal import check_settings
 from dispatch import Run
-from journal import check_settings
-from utils import UserError, jdump, jload
 
 DISCOUNT = 0.5
 MAX_REQUESTS, MAX_BYTES = 50_000, 200 * 1000 * 1000  # of one input file (platform.openai.com/docs/guides/batch)

@@ -12,41 +12,15 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 
-from utils import UserError, is_main, jload, nearest_existing, say
+from alpaca.cli import UserError
+from alpaca.files import jload, nearest_existing
+from alpaca.ranks import is_main, say
 
 STAGING = ".saving"  # a checkpoint is written here and renamed once all ranks have written all of it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before training
-
-
-def load_model(name_or_path: str, dtype, cache_dir: str | None = None):
-    """Loads a causal language model, all of it: transformers would make up the weights that its files lack.
-
-    Args:
-        name_or_path: a folder or a Hub id.
-        dtype: of the weights in memory.
-        cache_dir: where downloads go.
-
-    Raises:
-        UserError: files are missing or broken, or a tensor is, or has another shape than the config says.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name_or_path, cache_dir=cache_dir, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot load {name_or_path}: {' '.join(str(error).split())}") from error
-    for name, found, expected in sorted(info["mismatched_keys"]):
-        raise UserError(f"{name_or_path}: {name} has shape {tuple(found)}, its config.json says {tuple(expected)}")
-    if missing := sorted(info["missing_keys"]):
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(f"{name_or_path} lacks {len(missing)} tensor(s) that its config.json asks for: {names}")
-    return model
 
 
 def find_resume_point(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
@@ -312,63 +286,6 @@ def _fsync(path: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # After training
-
-
-def tensor_shapes(model) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Lists a model's tensors as its files hold them: transformers renames some (GPT-NeoX), and splits experts' ones.
-
-    Returns:
-        Name -> shape, and for tensors that share memory, name -> name of the first.
-    """
-    import torch
-    from transformers.core_model_loading import revert_weight_conversion
-
-    def in_files(tensors: dict) -> dict[str, tuple[int, ...]]:
-        shaped = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
-        return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, shaped).items()}
-
-    aliases, first = {}, {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if (shared := first.setdefault(id(parameter), name)) != name:
-            [alias], [original] = in_files({name: parameter}), in_files({shared: parameter})
-            aliases[alias] = original
-    return in_files(model.state_dict()), aliases
-
-
-def verify(folder: str, shapes: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> int:
-    """Reads a saved model back: every tensor there, of its shape, finite.
-
-    Args:
-        folder: holds safetensors, in one file or in shards with an index.
-        shapes: name -> shape of every tensor of the model.
-        aliases: name -> name of the tensor that it shares its memory with; one of the two is enough.
-
-    Returns:
-        How many tensors were checked.
-
-    Raises:
-        RuntimeError: something is missing, misshapen, not finite or unknown.
-    """
-    from safetensors import safe_open
-
-    found = {}
-    for path in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open objects aren't mappings)
-                tensor = file.get_tensor(name)
-                found[name] = tuple(tensor.shape)
-                if not tensor.isfinite().all():
-                    raise RuntimeError(f"{path}: {name} is not finite; the last good checkpoint is untouched")
-    present = set(found) | {alias for alias, name in aliases.items() if name in found}
-    present |= {name for alias, name in aliases.items() if alias in found}
-    if missing := sorted(set(shapes) - present):
-        raise RuntimeError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors, {missing[0]} first")
-    for name, shape in found.items():
-        if name not in shapes:
-            raise RuntimeError(f"{folder} holds {name}, which the model does not have")
-        if shape != tuple(shapes[name]):
-            raise RuntimeError(f"{folder}: {name} has shape {shape}, the model {tuple(shapes[name])}")
-    return len(found)
 
 
 def publish(staging: str, output_dir: str) -> None:

@@ -17,7 +17,8 @@ from math import prod
 
 import numpy as np
 
-from utils import UserError, jload
+from alpaca.cli import UserError
+from alpaca.files import jload
 
 MAX_SHARD_BYTES = 5 * 10**9
 # numpy has no bfloat16: its bits travel as uint16.

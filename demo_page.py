@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from alpaca.cli import UserError
 from answering import Alpaca, say
 from pairwise import Journal
-from utils import UserError
 
 # What the server accepts from one request, whatever a browser or script sends.
 MAX_INSTRUCTION_CHARACTERS = 2_000

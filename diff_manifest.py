@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from alpaca.cli import UserError
+from alpaca.files import jload
 from checkpoint_files import Output, Tensor
 from tensor_stream import Source, converted
-from utils import UserError, jload
 
 MANIFEST = "weight_diff.json"
 CORRECTIONS = "corrections.safetensors"

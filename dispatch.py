@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from completions import Client, Completion
+from alpaca.cli import UserError
+from alpaca.client import Client, Completion
+from alpaca.journal import Journal
 from harvest import Harvest
-from journal import Journal
 from spending import Spending
-from utils import UserError
 
 DRY_ROUNDS = 5  # rounds without a kept task after which a run stops
 _SECONDS_BETWEEN_SAVES = 30.0

@@ -11,7 +11,8 @@ import os
 import re
 from dataclasses import dataclass
 
-from utils import UserError, nearest_existing
+from alpaca.cli import UserError
+from alpaca.files import nearest_existing
 
 
 @dataclass

@@ -20,15 +20,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from alpaca.cli import UserError, run_cli
+from alpaca.client import Client
+from alpaca.files import jdump
+from alpaca.journal import Journal, read_journal
+from alpaca.records import check_text, load_examples, load_records
 from batch_api import DISCOUNT, ask_in_batches
-from completions import Client
 from dedup import RougePool
 from dispatch import Run, ask_live
 from harvest import KEYWORDS, Harvest, Rules, tasks_of
-from journal import Journal, read_journal
 from progress import Progress, closing_table, table
 from spending import Spending, find_prices
-from utils import UserError, check_text, jdump, load_examples, load_records, run_cli
 
 # What --dry_run assumes of an answer, before there are any: of 17 tasks asked for most are kept.
 _KEPT_PER_ANSWER, _TOKENS_PER_ANSWER = 13, 1700

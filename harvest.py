@@ -9,9 +9,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from alpaca.cli import UserError
+from alpaca.files import atomic_write, jdump
 from dedup import RougePool
 from task_parser import ParsedTask, parse_tasks
-from utils import UserError, atomic_write, jdump
 
 # Words for things that a text model cannot take or give: the original's list.
 KEYWORDS = (

@@ -19,8 +19,10 @@ import os
 import sys
 from typing import Any
 
+from alpaca.cli import UserError, run_cli
+from alpaca.files import atomic_write, jdump
+from alpaca.records import check_text, load_examples
 from answering import Alpaca, load, say
-from utils import UserError, atomic_write, check_text, jdump, load_examples, run_cli
 
 
 def answer(

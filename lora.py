@@ -2,7 +2,8 @@
 
 import os
 
-from utils import UserError, jload
+from alpaca.cli import UserError
+from alpaca.files import jload
 
 
 def add_adapter(model, r: int, alpha: float, dropout: float, target_modules: str | None):
@@ -70,7 +71,8 @@ def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> N
     import torch
     import transformers
 
-    from checkpoint import STAGING, load_model, publish, tensor_shapes, verify
+    from alpaca.models import load_model, tensor_shapes, verify
+    from checkpoint import STAGING, publish
 
     settings = os.path.join(adapter_dir, "adapter_config.json")
     if not os.path.isfile(settings):

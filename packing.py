@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from alpaca.cli import UserError
 from packed_model import Pass, install, make_layout, to_device
-from utils import UserError
 
 IGNORE_INDEX = -100
 # Decoder-only families whose every layer hands its keyword arguments down to the attention function, and whose loss is

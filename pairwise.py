@@ -8,7 +8,8 @@ import random
 import sys
 from dataclasses import dataclass
 
-from utils import UserError, check_text, load_records
+from alpaca.cli import UserError
+from alpaca.records import check_text, load_records
 
 Z_95 = 1.959964  # the normal distribution's 97.5 % point
 CHOICES = ("a", "b", "tie")

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import IO, Any
 
+from alpaca.cli import UserError
+from alpaca.files import nearest_existing
 from checkpoint_files import Output
 from tensor_stream import Progress, run_jobs
-from utils import UserError, nearest_existing
 
 SUFFIX = ".part"  # of a weights file in the making, which nothing takes for a model
 SPOOL = "corrections.spool"  # what make_diff gathers at its end

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import checkpoint
+from alpaca.cli import UserError
+from alpaca.ranks import say
 from checkpoint import gib
-from utils import UserError, say
 
 
 @dataclass

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from utils import UserError
+from alpaca.cli import UserError
 
 
 class Parse(NamedTuple):

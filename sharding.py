@@ -9,7 +9,9 @@ import warnings
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from utils import UserError, is_main, jload, say
+from alpaca.cli import UserError
+from alpaca.files import jload
+from alpaca.ranks import is_main, say
 
 
 def can_shard() -> bool:

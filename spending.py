@@ -5,7 +5,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils import UserError, jload
+from alpaca.cli import UserError
+from alpaca.files import jload
 
 PRICES_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "prices.json")
 # An estimate of prompt tokens before a server has counted any; English text has four bytes a token or more.

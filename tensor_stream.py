@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from alpaca.cli import UserError
 from checkpoint_files import STORED, Tensor
-from utils import UserError
 
 if TYPE_CHECKING:
     from corrections import CorrectionReader, CorrectionWriter

@@ -9,7 +9,10 @@ as the original checkpoints carry them. The model knows nothing until `train.py`
 import io
 import os
 
-from utils import PROMPT_DICT, UserError, jdump, jload, load_examples, run_cli
+from alpaca.cli import UserError, run_cli
+from alpaca.files import jdump, jload
+from alpaca.prompts import PROMPT_DICT
+from alpaca.records import load_examples
 
 MIN_VOCAB_SIZE = 260  # 256 bytes and OPT's four special tokens
 

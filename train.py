@@ -14,7 +14,8 @@ r"""Fine-tunes LLaMA or OPT on instruction data, as Stanford Alpaca did.
 import sys
 
 import flags
-from utils import UserError, refuse
+from alpaca.cli import UserError
+from alpaca.ranks import refuse
 
 if __name__ == "__main__" and sys.argv[1:2] != ["merge"]:
     try:
@@ -39,20 +40,19 @@ import resources
 import sharding
 import throughput
 import tokenization
-from packing import IGNORE_INDEX
-from trainer import AlpacaTrainer, check_labels
-from utils import (
+from alpaca import models, tokenizers
+from alpaca.cli import run_cli
+from alpaca.prompts import PROMPT_DICT, alpaca_chat_template
+from alpaca.ranks import is_main, say
+from alpaca.tokenizers import (
     DEFAULT_BOS_TOKEN,
     DEFAULT_EOS_TOKEN,
     DEFAULT_PAD_TOKEN,
     DEFAULT_UNK_TOKEN,
-    PROMPT_DICT,
-    alpaca_chat_template,
-    is_main,
-    run_cli,
-    say,
     smart_tokenizer_and_embedding_resize,
 )
+from packing import IGNORE_INDEX
+from trainer import AlpacaTrainer, check_labels
 
 __all__ = [
     "DEFAULT_BOS_TOKEN",
@@ -316,7 +316,7 @@ def load_skeleton(model_args: ModelArguments, args: TrainingArguments):
     """
     name = model_args.model_name_or_path
     try:
-        tokenizer, notes = tokenization.load_tokenizer(name, args.model_max_length, args.cache_dir)
+        tokenizer, notes = tokenizers.load_tokenizer(name, args.model_max_length, args.cache_dir)
         config = transformers.AutoConfig.from_pretrained(name, cache_dir=args.cache_dir)
         model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except (OSError, ValueError) as error:
@@ -330,7 +330,7 @@ def load_skeleton(model_args: ModelArguments, args: TrainingArguments):
         raise UserError(f"--model_max_length {args.model_max_length} exceeds the model's {longest} positions")
     for note in notes:
         say(note)
-    tokenizer.add_special_tokens(tokenization.special_tokens_to_add(tokenizer, may_grow=not model_args.lora_r))
+    tokenizer.add_special_tokens(tokenizers.special_tokens_to_add(tokenizer, may_grow=not model_args.lora_r))
     tokenizer.chat_template = alpaca_chat_template(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
     config.vocab_size = max(config.vocab_size, len(tokenizer))
     with torch.device("meta"):
@@ -359,7 +359,7 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, tokenizer, c
     if sharding.gets_weights_sent(args):
         model = sharding.empty_model(config, dtype)
     else:
-        model = checkpoint.load_model(model_args.model_name_or_path, dtype, args.cache_dir)
+        model = models.load_model(model_args.model_name_or_path, dtype, args.cache_dir)
     rows = smart_tokenizer_and_embedding_resize({}, tokenizer, model)
     say(f"padding: {tokenizer.pad_token}" + (", a new token; its row is the mean of the others" if rows else ""))
     for config in (model.config, model.generation_config):
@@ -405,7 +405,7 @@ def train() -> None:
 
     set_seed(args.seed)
     model = load_model(model_args, args, tokenizer, skeleton.config)
-    shapes = lora.adapter_shapes(model) if model_args.lora_r else checkpoint.tensor_shapes(skeleton)
+    shapes = lora.adapter_shapes(model) if model_args.lora_r else models.tensor_shapes(skeleton)
     trainer = AlpacaTrainer(model=model, args=args, processing_class=tokenizer, shape=shape, **data)
     if packed:
         say(trainer.pack(args.max_tokens_per_pass or tokens, shared))

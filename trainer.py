@@ -10,8 +10,10 @@ from transformers.trainer_utils import rotate_checkpoints
 import checkpoint
 import packing
 import throughput
+from alpaca import models
+from alpaca.cli import UserError
+from alpaca.ranks import say
 from resources import ModelShape
-from utils import UserError, say
 
 
 def check_labels(dataset, batch_size: int) -> None:
@@ -209,6 +211,6 @@ class AlpacaTrainer(packing.PackedTrainer):
         self.accelerator.wait_for_everyone()
         if not self.is_world_process_zero():
             return 0
-        count = checkpoint.verify(staging, shapes, aliases)
+        count = models.verify(staging, shapes, aliases)
         checkpoint.publish(staging, self.args.output_dir)
         return count

@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from alpaca.cli import UserError, run_cli
+from alpaca.prompts import format_prompt
 from checkpoint_files import DTYPES, Checkpoint, Output, Tensor, plan_output, read_checkpoint
 from corrections import CorrectionReader, CorrectionSpool, CorrectionWriter, read_corrections
 from diff_manifest import (
@@ -61,7 +63,6 @@ from tensor_stream import (
     sha256_of,
     subtract,
 )
-from utils import UserError, format_prompt, run_cli
 
 # The sum of all elements of tatsu-lab's alpaca-7b that the original's `recover` asks for, and the part of it that comes
 # from the rotary buffers, which checkpoints held then: 32 layers of sum(10000 ** (-i / 64) for i in range(64)).

@@ -12,7 +12,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from utils import UserError, jload, run_cli
+from alpaca.cli import UserError, run_cli
+from alpaca.files import jload
 
 
 def draw(run_dir: str, output: str = os.path.join(os.path.dirname(__file__), "loss_curve.png")) -> None:

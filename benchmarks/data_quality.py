@@ -17,12 +17,14 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from alpaca.cli import UserError, run_cli
+from alpaca.files import atomic_write, jdump
+from alpaca.records import load_examples, load_records
 from benchmarks.provenance import provenance
 from dedup import RougePool
 from generate_instruction import load_seed_tasks
 from harvest import Harvest, Rules
 from root_verbs import parse_by_rules
-from utils import UserError, atomic_write, jdump, load_examples, load_records, run_cli
 
 FIELDS = ("instruction", "input", "output")
 PERCENTILES = (5, 25, 50, 75, 95)

@@ -19,9 +19,11 @@ import urllib.request
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from alpaca.cli import UserError, run_cli  # noqa: E402
+from alpaca.files import jdump  # noqa: E402
+from alpaca.records import load_examples  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
 from tests.openai_server import WORDS  # noqa: E402
-from utils import UserError, jdump, load_examples, run_cli  # noqa: E402
 
 
 def write_inputs(folder: str) -> None:

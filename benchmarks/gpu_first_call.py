@@ -18,7 +18,8 @@ sys.path.insert(0, ROOT)
 
 from train_throughput import LLAMA_7B, drawn_examples, environment  # noqa: E402
 
-from utils import UserError, jdump, run_cli  # noqa: E402
+from alpaca.cli import UserError, run_cli  # noqa: E402
+from alpaca.files import jdump  # noqa: E402
 
 PARAMETERS_7B = 6_738_423_808
 

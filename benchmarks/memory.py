@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from train_throughput import LLAMA_7B  # noqa: E402
 
 import resources  # noqa: E402
-from utils import jdump, run_cli  # noqa: E402
+from alpaca.cli import run_cli  # noqa: E402
+from alpaca.files import jdump  # noqa: E402
 
 # The models' own numbers: Touvron et al. 2023, table 2; Zhang et al. 2022, table 1.
 LLAMA_13B = {**LLAMA_7B, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40}

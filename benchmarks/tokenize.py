@@ -61,7 +61,9 @@ def main(data_path: str | None = None, tokenizer_dir: str | None = None, records
 
     import tiny_model
     import train
-    from utils import format_prompt, jdump, load_examples
+    from alpaca.files import jdump
+    from alpaca.prompts import format_prompt
+    from alpaca.records import load_examples
 
     data_path = data_path or os.path.join(ROOT, "alpaca_data.json")
     examples = load_examples(data_path)
@@ -99,6 +101,6 @@ def main(data_path: str | None = None, tokenizer_dir: str | None = None, records
 
 
 if __name__ == "__main__":
-    from utils import run_cli
+    from alpaca.cli import run_cli
 
     run_cli({"main": main}, ["main", *sys.argv[1:]])

@@ -24,7 +24,8 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from utils import UserError, jdump, jload, run_cli  # noqa: E402
+from alpaca.cli import UserError, run_cli  # noqa: E402
+from alpaca.files import jdump, jload  # noqa: E402
 
 # model: a configuration file, or LLaMA-7B's own numbers (Touvron et al. 2023, table 2).
 LLAMA_7B = {"model_type": "llama", "vocab_size": 32001, "hidden_size": 4096, "intermediate_size": 11008}
@@ -233,9 +234,9 @@ def drawn_examples(count: int, vocab_size: int) -> list[dict]:
 
 def _real(job: dict, settings: dict, needed: int) -> list[dict]:
     import tiny_model
-    import tokenization
+    from alpaca import tokenizers
+    from alpaca.records import load_examples
     from train import SupervisedDataset
-    from utils import load_examples
 
     records = load_examples(job["data_path"])
     records = (records * -(-needed // len(records)))[:needed]
@@ -243,7 +244,7 @@ def _real(job: dict, settings: dict, needed: int) -> list[dict]:
     os.makedirs(where)
     texts = [text for record in records for text in (record["instruction"], record["output"])]
     tiny_model._train_sentencepiece(texts, settings["vocab_size"], where)
-    tokenizer, _ = tokenization.load_tokenizer(where, 512)
+    tokenizer, _ = tokenizers.load_tokenizer(where, 512)
     dataset = SupervisedDataset(job["data_path"], tokenizer, dict(enumerate(records)))
     return [{"input_ids": dataset[i]["input_ids"], "labels": dataset[i]["labels"]} for i in range(len(dataset))]
 

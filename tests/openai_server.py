@@ -268,7 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    from utils import run_cli
+    from alpaca.cli import run_cli
 
     def serve(seconds_per_answer: float = 1.0) -> None:
         """Serves until it is killed."""

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 from openai_server import Server, completion_for, unsupported
 
-import completions
-from completions import Client
-from utils import OpenAIDecodingArguments, UserError, openai_completion
+from alpaca import client as client_module
+from alpaca.cli import UserError
+from alpaca.client import Client
+from utils import OpenAIDecodingArguments, openai_completion
 
 PROMPT = "###\n4. Instruction:"
 
@@ -32,8 +33,8 @@ def clock(monkeypatch):
         clock.now += seconds
         await asyncio.sleep(0)
 
-    monkeypatch.setattr(completions, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
-    monkeypatch.setattr(completions, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now))
+    monkeypatch.setattr(client_module, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
+    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now))
     return clock
 
 
@@ -281,10 +282,10 @@ def test_no_key_and_no_server_names_both_ways_out():
 def test_a_key_that_cannot_be_one_is_refused_and_not_printed(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(UserError, match="OPENAI_API_KEY holds a character that no key has") as caught:
-        completions.Client()
+        client_module.Client()
     assert key not in str(caught.value)
     monkeypatch.setenv("OPENAI_API_KEY", " sk-secret\r\n")
-    assert completions.Client().openai.api_key == "sk-secret"
+    assert client_module.Client().openai.api_key == "sk-secret"
 
 
 def test_base_url_and_key_come_from_the_environment(monkeypatch):
@@ -310,24 +311,24 @@ def test_azure_is_reached_by_its_own_variables(monkeypatch, version):
     "body", ["", "[]", "{}", '{"choices": []}', '{"choices": [{"text": 3}]}', '{"choices": "x"}', "7"]
 )
 def test_odd_bodies_are_malformed(body):
-    with pytest.raises(completions.Malformed):
-        completions.read_completion(body)
+    with pytest.raises(client_module.Malformed):
+        client_module.read_completion(body)
 
 
 def test_an_answer_without_usage_or_content_is_read():
     body = json.dumps({"choices": [{"message": {"content": None}, "finish_reason": "length"}]})
-    assert completions.read_completion(body) == completions.Completion("", "length", None)
+    assert client_module.read_completion(body) == client_module.Completion("", "length", None)
 
 
 @pytest.mark.parametrize("usage", ["many", [1], {"prompt_tokens": None}])
 def test_usage_that_counts_nothing_is_no_usage(usage):
     answer = {"choices": [{"text": "yes", "finish_reason": "stop"}], "usage": usage}
-    assert completions.read_completion(answer) == completions.Completion("yes", "stop", None)
+    assert client_module.read_completion(answer) == client_module.Completion("yes", "stop", None)
 
 
 def test_half_a_surrogate_pair_becomes_the_replacement_character():
     body = r'{"choices": [{"text": "a \ud83d\ude00 b \ud83d c", "finish_reason": "length"}]}'
-    assert completions.read_completion(body).text == "a \U0001f600 b \ufffd c"
+    assert client_module.read_completion(body).text == "a \U0001f600 b \ufffd c"
 
 
 # utils.openai_completion, the public name

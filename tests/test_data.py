@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from utils import load_examples, load_records
+from alpaca.records import load_examples, load_records
 
 KEYWORDS = r"(?ix)\b(images?|graphs?|pictures?|files?|maps?|draw|plot|go[ ]to|video|audio|music|flowchart|diagram)\b"
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
+from alpaca.cli import UserError
 from benchmarks import data_quality
 from generate_instruction import load_seed_tasks
-from utils import UserError
 
 EXAMPLES = [
     {"instruction": "Write a short poem about rain.", "input": "", "output": "Drip drop."},

@@ -23,7 +23,8 @@ import batch_api
 import generate_instruction
 import spending
 import tiny_model
-from utils import jload, load_examples
+from alpaca.files import jload
+from alpaca.records import load_examples
 
 OUTPUTS = ("regen.json", "alpaca_data.json", "rejected.jsonl")
 SEEDS = [

@@ -21,8 +21,10 @@ import answering
 import inference
 import pairwise
 import tiny_model
-from tokenization import load_tokenizer
-from utils import UserError, alpaca_chat_template, format_prompt, jdump, jload
+from alpaca.cli import UserError
+from alpaca.files import jdump, jload
+from alpaca.prompts import alpaca_chat_template, format_prompt
+from alpaca.tokenizers import load_tokenizer
 
 CODE = "def add(a, b):\n    if a:\n        return a + b\n    return b"
 LESSONS = [

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import packed_model
 import packing
 import resources
-from utils import UserError, format_prompt
+from alpaca.cli import UserError
+from alpaca.prompts import format_prompt
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
 LLAMA_LIKE = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 512}
@@ -252,7 +253,7 @@ def test_two_templates_give_two_prefixes_and_a_common_word_none(examples):
 
 
 def test_llamas_tokens_have_prefixes_of_29_and_39(reference_dir):
-    from utils import load_examples as load_records
+    from alpaca.records import load_examples as load_records
 
     path = os.path.join(reference_dir, "tokenizers", "llama", "tokenizer.model")
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=path)

@@ -11,8 +11,7 @@ import tempfile
 
 import pytest
 
-import command_line
-import utils
+from alpaca import cli
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as readme:
@@ -48,7 +47,7 @@ def cli_commands(script: str, command: str) -> dict:
         if "run_cli(" not in file.read():
             return seen
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "run_cli", lambda table, argv=None: seen.update(table))
+        patch.setattr(cli, "run_cli", lambda table, argv=None: seen.update(table))
         patch.setattr(sys, "argv", [script, command])
         patch.setattr(sys, "path", [*sys.path, os.path.dirname(os.path.join(ROOT, script))])
         with contextlib.suppress(SystemExit):
@@ -66,7 +65,7 @@ def check_script(words: list[str]) -> None:
         command, *flags = arguments
         assert command in table, f"{script} has {list(table)}"
         if flags != ["--help"]:
-            command_line._read_flags(table[command], command, flags)
+            cli._read_flags(table[command], command, flags)
     else:
         check_argparse(script, arguments)
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import tiny_model
-from utils import UserError
+from alpaca.cli import UserError
 
 TEXTS = ["Add 2 and 35.", "Name three rivers.", "Say “good night” in French: bonne nuit 🌙", "Tidy  up\n\tthis list."]
 

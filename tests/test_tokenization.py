@@ -10,7 +10,9 @@ from sentencepiece import sentencepiece_model_pb2
 
 import tiny_model
 import tokenization
-from utils import PROMPT_DICT, UserError, format_prompt
+from alpaca import tokenizers
+from alpaca.cli import UserError
+from alpaca.prompts import PROMPT_DICT, format_prompt
 
 IGNORE = -100
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -84,8 +86,8 @@ def variant(source: str, target, **changes) -> str:
 
 
 def load(folder: str, limit: int = 512):
-    tokenizer, notes = tokenization.load_tokenizer(folder, limit)
-    tokenizer.add_special_tokens(tokenization.special_tokens_to_add(tokenizer))
+    tokenizer, notes = tokenizers.load_tokenizer(folder, limit)
+    tokenizer.add_special_tokens(tokenizers.special_tokens_to_add(tokenizer))
     return tokenizer, notes
 
 
@@ -215,7 +217,7 @@ def test_padding_takes_a_reserved_token_and_never_eos():
         def get_vocab(self):
             return self.tokens
 
-    choose = tokenization.special_tokens_to_add
+    choose = tokenizers.special_tokens_to_add
     assert choose(Tokenizer()) == {"pad_token": "[PAD]"}
     assert choose(Tokenizer(), may_grow=False) == {"pad_token": "<unk>"}
     assert choose(Tokenizer(pad_token="<unk>")) == {}

@@ -27,7 +27,9 @@ import resources
 import sharding
 import tiny_model
 import train
-from utils import UserError, alpaca_chat_template, format_prompt
+from alpaca import models as model_loading
+from alpaca.cli import UserError
+from alpaca.prompts import alpaca_chat_template, format_prompt
 
 BUNDLED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "alpaca_data.json")
 CONFIG = {
@@ -278,7 +280,7 @@ def test_only_the_first_rank_of_fsdp_loads_weights(models, monkeypatch, kind):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     empty = train.load_model(chosen, args, tokenizer, skeleton.config)
-    assert checkpoint.tensor_shapes(empty) == checkpoint.tensor_shapes(loaded)
+    assert model_loading.tensor_shapes(empty) == model_loading.tensor_shapes(loaded)
     for ours, theirs in zip(empty.buffers(), loaded.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     skeleton.register_buffer("statistics", torch.zeros(1))
@@ -587,7 +589,7 @@ def test_lora_learns_and_merges_to_equal_logits(models, data, tmp_path, monkeypa
         lora.merge(str(out), data)
     with pytest.raises(UserError, match=r"out is no adapter of .*opt: .*; name its model with --base_model"):
         lora.merge(str(out), str(tmp_path / "other"), base_model=models["opt"])
-    monkeypatch.setattr(checkpoint, "verify", lambda folder, *shapes: [] / 0)
+    monkeypatch.setattr(model_loading, "verify", lambda folder, *shapes: [] / 0)
     with pytest.raises(TypeError):
         lora.merge(str(out), str(tmp_path / "broken"))
     assert os.listdir(tmp_path / "broken") == [checkpoint.STAGING], "what was not read back looks like no model"
@@ -597,8 +599,8 @@ def test_checkpoint_that_was_not_saved_right_is_not_passed_as_done(models, tmp_p
     from safetensors.torch import load_file, save_file
 
     model = AutoModelForCausalLM.from_pretrained(models["llama"])
-    shapes = checkpoint.tensor_shapes(model)
-    assert checkpoint.verify(models["llama"], *shapes) == 21
+    shapes = model_loading.tensor_shapes(model)
+    assert model_loading.verify(models["llama"], *shapes) == 21
     whole = load_file(models["llama"] + "/model.safetensors")
     norm = "model.norm.weight"
     for wrong, words in (
@@ -609,9 +611,9 @@ def test_checkpoint_that_was_not_saved_right_is_not_passed_as_done(models, tmp_p
     ):
         save_file(wrong, tmp_path / "model.safetensors")
         with pytest.raises(RuntimeError, match=words):
-            checkpoint.verify(str(tmp_path), *shapes)
-    tied = checkpoint.tensor_shapes(AutoModelForCausalLM.from_pretrained(models["opt"]))
-    assert checkpoint.verify(models["opt"], *tied) == len(tied[0]) - 1, "one of two tied tensors is enough"
+            model_loading.verify(str(tmp_path), *shapes)
+    tied = model_loading.tensor_shapes(AutoModelForCausalLM.from_pretrained(models["opt"]))
+    assert model_loading.verify(models["opt"], *tied) == len(tied[0]) - 1, "one of two tied tensors is enough"
 
 
 def test_chat_template_starts_with_bos_only_where_the_tokenizer_does():
@@ -827,8 +829,8 @@ def test_model_whose_files_are_not_whole_is_refused(models, tmp_path):
         ("wider", r"lm_head.weight has shape \(700, 64\), its config.json says \(800, 64\)"),
     ):
         with pytest.raises(UserError, match=words):
-            checkpoint.load_model(str(tmp_path / name), torch.float32)
-    assert checkpoint.load_model(models["opt"], torch.float32), "a tied output layer lacks nothing"
+            model_loading.load_model(str(tmp_path / name), torch.float32)
+    assert model_loading.load_model(models["opt"], torch.float32), "a tied output layer lacks nothing"
 
 
 def test_lora_in_bfloat16_learns_what_float32_learns(models, data, tmp_path, monkeypatch):

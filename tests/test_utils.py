@@ -13,7 +13,10 @@ import tempfile
 import pytest
 
 import utils
-from utils import UserError, atomic_write, format_prompt, jdump, jload, load_examples, load_records, run_cli
+from alpaca.cli import UserError, run_cli
+from alpaca.files import atomic_write, jdump, jload
+from alpaca.prompts import format_prompt
+from alpaca.records import load_examples, load_records
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Templates
@@ -99,7 +102,7 @@ def test_a_failed_dump_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_file(tmp_path):
     jdump({"old": True}, tmp_path / "data.json")
-    script = "import utils; utils.run_cli({'dump': lambda: utils.jdump(['x' * 10**6], 'data.json')})"
+    script = "from alpaca import cli, files\ncli.run_cli({'dump': lambda: files.jdump(['x' * 10**6], 'data.json')})"
 
     def limit():  # a file of at most 4 kB stands in for a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -340,7 +343,9 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys):
 
 
 def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(root):
-    program = "from utils import run_cli\ndef say():\n    for _ in range(10**5): print('word')\nrun_cli({'say': say})"
+    program = (
+        "from alpaca.cli import run_cli\ndef say():\n    for _ in range(10**5): print('word')\nrun_cli({'say': say})"
+    )
     command = [sys.executable, "-c", program, "say"]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "word\n"
@@ -350,7 +355,7 @@ def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(root):
 
 
 def test_a_command_runs_without_a_stdout(root):
-    program = "from utils import run_cli\nrun_cli({'say': lambda: print('word')})"
+    program = "from alpaca.cli import run_cli\nrun_cli({'say': lambda: print('word')})"
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} say >&-"
     done = subprocess.run(command, shell=True, cwd=root, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -21,7 +21,8 @@ import checkpoint_files
 import row_mean
 import tensor_stream
 import weight_diff
-from utils import PROMPT_DICT, UserError
+from alpaca.cli import UserError
+from alpaca.prompts import PROMPT_DICT
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

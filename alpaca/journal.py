@@ -5,7 +5,7 @@ import json
 import os
 from typing import Any
 
-from utils import UserError
+from alpaca.cli import UserError
 
 
 class Journal:

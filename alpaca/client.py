@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils import UserError
+from alpaca.cli import UserError
 
 # Words with which servers say that they don't take a parameter (OpenAI, vLLM, FastAPI/pydantic, transformers serve).
 _REFUSAL = re.compile(
