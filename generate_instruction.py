@@ -23,14 +23,14 @@ from typing import Any
 from alpaca.cli import UserError, run_cli
 from alpaca.client import Client
 from alpaca.files import jdump
+from alpaca.generation.batch_api import DISCOUNT, ask_in_batches
+from alpaca.generation.dedup import RougePool
+from alpaca.generation.dispatch import Run, ask_live
+from alpaca.generation.harvest import KEYWORDS, Harvest, Rules, tasks_of
+from alpaca.generation.progress import Progress, closing_table, table
+from alpaca.generation.spending import Spending, find_prices
 from alpaca.journal import Journal, read_journal
 from alpaca.records import check_text, load_examples, load_records
-from batch_api import DISCOUNT, ask_in_batches
-from dedup import RougePool
-from dispatch import Run, ask_live
-from harvest import KEYWORDS, Harvest, Rules, tasks_of
-from progress import Progress, closing_table, table
-from spending import Spending, find_prices
 
 # What --dry_run assumes of an answer, before there are any: of 17 tasks asked for most are kept.
 _KEPT_PER_ANSWER, _TOKENS_PER_ANSWER = 13, 1700

@@ -19,11 +19,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from alpaca.cli import UserError, run_cli
 from alpaca.files import atomic_write, jdump
+from alpaca.generation.dedup import RougePool
+from alpaca.generation.harvest import Harvest, Rules
 from alpaca.records import load_examples, load_records
 from benchmarks.provenance import provenance
-from dedup import RougePool
 from generate_instruction import load_seed_tasks
-from harvest import Harvest, Rules
 from root_verbs import parse_by_rules
 
 FIELDS = ("instruction", "input", "output")

@@ -20,9 +20,9 @@ from rouge_score import rouge_scorer  # noqa: E402
 
 from alpaca.cli import UserError, run_cli  # noqa: E402
 from alpaca.files import jdump  # noqa: E402
+from alpaca.generation.dedup import RougePool  # noqa: E402
 from alpaca.records import load_examples  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
-from dedup import RougePool  # noqa: E402
 
 ROUND = 17
 REFERENCE_CANDIDATES = {2_000: 170, 13_000: 51, 52_000: 34, 500_000: 10}

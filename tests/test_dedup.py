@@ -7,7 +7,7 @@ import pytest
 from openai_server import WORDS
 from rouge_score import rouge_scorer
 
-from dedup import RougePool, f_measure
+from alpaca.generation.dedup import RougePool, f_measure
 
 
 @pytest.fixture(scope="module")

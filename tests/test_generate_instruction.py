@@ -19,11 +19,11 @@ import openai_server
 import pytest
 from openai_server import WORDS, Server, completion_for, tasks_for, unsupported
 
-import batch_api
 import generate_instruction
-import spending
 import tiny_model
 from alpaca.files import jload
+from alpaca.generation import batch_api as batch_api_module
+from alpaca.generation import spending
 from alpaca.records import load_examples
 
 OUTPUTS = ("regen.json", "alpaca_data.json", "rejected.jsonl")
@@ -496,10 +496,10 @@ def test_batches_give_the_same_tasks_at_half_the_price(folder, server, capsys):
 
 def test_a_file_of_batch_requests_keeps_to_its_limits(folder, server, monkeypatch):
     server.polls_per_batch = 0
-    monkeypatch.setattr(batch_api, "MAX_REQUESTS", 2)
+    monkeypatch.setattr(batch_api_module, "MAX_REQUESTS", 2)
     generate(server, batch_api=True)
     assert len(server.batches) == 2
-    monkeypatch.setattr(batch_api, "MAX_BYTES", 1000)
+    monkeypatch.setattr(batch_api_module, "MAX_BYTES", 1000)
     generate(server, "small", num_instructions_to_generate=20, batch_api=True)
     assert len(server.batches) == 4
     assert len(jload("small/regen.json")) == 20

@@ -6,7 +6,7 @@ import re
 import pytest
 from openai_server import WORDS, completion_for
 
-from task_parser import parse_tasks
+from alpaca.generation.parser import parse_tasks
 
 GOOD = " Name a prime.\n4. Input:\n<noinput>\n4. Output:\n7\n###\n5. Instruction: Add.\n5. Input:\n1 2\n5. Output:\n3"
 

@@ -8,7 +8,7 @@ from typing import Any
 from alpaca.cli import UserError
 from alpaca.files import jload
 
-PRICES_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "prices.json")
+PRICES_PATH = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "prices.json")
 # An estimate of prompt tokens before a server has counted any; English text has four bytes a token or more.
 _BYTES_PER_TOKEN = 3.0
 

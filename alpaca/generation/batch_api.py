@@ -12,8 +12,8 @@ from typing import Any
 from alpaca.cli import UserError
 from alpaca.client import Client, Completion, Malformed, read_completion
 from alpaca.files import jdump, jload
+from alpaca.generation.dispatch import Run
 from alpaca.journal import check_settings
-from dispatch import Run
 
 DISCOUNT = 0.5
 MAX_REQUESTS, MAX_BYTES = 50_000, 200 * 1000 * 1000  # of one input file (platform.openai.com/docs/guides/batch)

@@ -11,8 +11,8 @@ from typing import Any
 
 from alpaca.cli import UserError
 from alpaca.files import atomic_write, jdump
-from dedup import RougePool
-from task_parser import ParsedTask, parse_tasks
+from alpaca.generation.dedup import RougePool
+from alpaca.generation.parser import ParsedTask, parse_tasks
 
 # Words for things that a text model cannot take or give: the original's list.
 KEYWORDS = (

@@ -12,9 +12,9 @@ from typing import Any
 
 from alpaca.cli import UserError
 from alpaca.client import Client, Completion
+from alpaca.generation.harvest import Harvest
+from alpaca.generation.spending import Spending
 from alpaca.journal import Journal
-from harvest import Harvest
-from spending import Spending
 
 DRY_ROUNDS = 5  # rounds without a kept task after which a run stops
 _SECONDS_BETWEEN_SAVES = 30.0

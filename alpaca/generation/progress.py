@@ -5,8 +5,8 @@ import time
 
 from tqdm import tqdm
 
-from dispatch import Run
-from harvest import Harvest
+from alpaca.generation.dispatch import Run
+from alpaca.generation.harvest import Harvest
 
 
 class Progress:
