@@ -21,8 +21,8 @@ from typing import Any
 
 from alpaca.cli import UserError, run_cli
 from alpaca.files import atomic_write, jdump
+from alpaca.inference.answering import Alpaca, load, say
 from alpaca.records import check_text, load_examples
-from answering import Alpaca, load, say
 
 
 def answer(
@@ -272,11 +272,11 @@ def demo(
         device: cpu, cuda, cuda:1, mps; the machine's best when left out.
         dtype: float32, bfloat16, float16; what fits the device when left out.
     """
-    import demo_page
+    from alpaca.inference import pages
 
-    demo_page.check_port(host, port)
+    pages.check_port(host, port)
     alpaca = load(model_path, device, dtype)
-    demo_page.serve(demo_page.build(alpaca, seed), host, port, share)
+    pages.serve(pages.build(alpaca, seed), host, port, share)
 
 
 def compare(a: str, b: str, output: str, seed: int = 42, page: bool = False, port: int = 7860) -> None:
@@ -292,18 +292,18 @@ def compare(a: str, b: str, output: str, seed: int = 42, page: bool = False, por
         page: whether to judge in a browser rather than in the terminal.
         port: of the page.
     """
-    import pairwise
+    from alpaca.inference import judging
 
     if page:
-        import demo_page
+        from alpaca.inference import pages
 
-        demo_page.check_port("127.0.0.1", port)
-    journal = pairwise.Journal(output, *pairwise.load_pairs(a, b, seed))
+        pages.check_port("127.0.0.1", port)
+    journal = judging.Journal(output, *judging.load_pairs(a, b, seed))
     if page:
-        demo_page.serve(demo_page.build_judging(journal), "127.0.0.1", port, share=False)
+        pages.serve(pages.build_judging(journal), "127.0.0.1", port, share=False)
         print(journal.summary())
     else:
-        pairwise.judge_in_terminal(journal)
+        judging.judge_in_terminal(journal)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,11 @@ from functools import partial
 import pytest
 import torch
 
-import answering
 import inference
-import pairwise
 import tiny_model
 from alpaca.cli import UserError
 from alpaca.files import jdump, jload
+from alpaca.inference import answering, judging
 from alpaca.prompts import alpaca_chat_template, format_prompt
 from alpaca.tokenizers import load_tokenizer
 
@@ -586,9 +585,9 @@ def test_compare_is_blind_resumable_and_counts(root, outputs):
 
 def test_judgements_of_other_answers_are_refused(root, outputs, tmp_path):
     compare(root, outputs, "1" * 8)
-    pairs, names = pairwise.load_pairs(outputs[1], outputs[0], seed=42)
+    pairs, names = judging.load_pairs(outputs[1], outputs[0], seed=42)
     with pytest.raises(UserError, match="line 1 is no judgement of these answers"):
-        pairwise.Journal(outputs[2], pairs, names)
+        judging.Journal(outputs[2], pairs, names)
     for kind, text in (
         ("list", json.dumps([{"key": 1}], indent=1)),
         ("line", '{"instruction": 1}'),
@@ -596,17 +595,17 @@ def test_judgements_of_other_answers_are_refused(root, outputs, tmp_path):
     ):
         (tmp_path / kind).write_text(text)
         with pytest.raises(UserError, match="name another --output"):
-            pairwise.Journal(str(tmp_path / kind), pairs, names)
+            judging.Journal(str(tmp_path / kind), pairs, names)
         assert (tmp_path / kind).read_text() == text
     jdump([{"instruction": "q", "output": "\ud83d"}], str(tmp_path / "half.json"))
     with pytest.raises(UserError, match="record 0: 'output' is no text"):
-        pairwise.load_pairs(str(tmp_path / "half.json"), outputs[0], seed=42)
+        judging.load_pairs(str(tmp_path / "half.json"), outputs[0], seed=42)
     jdump(jload(outputs[0])[:-1], str(tmp_path / "short.json"))
     with pytest.raises(UserError, match=r"has 8 answers and .* has 7"):
-        pairwise.load_pairs(outputs[0], str(tmp_path / "short.json"), seed=42)
+        judging.load_pairs(outputs[0], str(tmp_path / "short.json"), seed=42)
     jdump(jload(outputs[0])[::-1], str(tmp_path / "turned.json"))
     with pytest.raises(UserError, match=r"record 0 and .* answer different instructions"):
-        pairwise.load_pairs(outputs[0], str(tmp_path / "turned.json"), seed=42)
+        judging.load_pairs(outputs[0], str(tmp_path / "turned.json"), seed=42)
 
 
 def test_wilson_interval_gives_the_known_values():
@@ -617,7 +616,7 @@ def test_wilson_interval_gives_the_known_values():
         (0, 20, (0.0, 0.1611)),
         (1, 29, (0.0061, 0.1718)),
     ):
-        assert pairwise.wilson_interval(successes, trials) == pytest.approx(expected, abs=5e-5)
+        assert judging.wilson_interval(successes, trials) == pytest.approx(expected, abs=5e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from alpaca.cli import UserError
-from answering import Alpaca, say
-from pairwise import Journal
+from alpaca.inference.answering import Alpaca, say
+from alpaca.inference.judging import Journal
 
 # What the server accepts from one request, whatever a browser or script sends.
 MAX_INSTRUCTION_CHARACTERS = 2_000
