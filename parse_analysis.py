@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from alpaca.analysis.root_verbs import Parse, parse_by_rules, spacy_parser
 from alpaca.cli import UserError, run_cli
 from alpaca.files import atomic_write
 from alpaca.records import load_examples
-from root_verbs import Parse, parse_by_rules, spacy_parser
 
 NUM_VERBS, NUM_OBJECTS = 20, 4
 

@@ -17,6 +17,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from alpaca.analysis.root_verbs import parse_by_rules
 from alpaca.cli import UserError, run_cli
 from alpaca.files import atomic_write, jdump
 from alpaca.generation.dedup import RougePool
@@ -24,7 +25,6 @@ from alpaca.generation.harvest import Harvest, Rules
 from alpaca.records import load_examples, load_records
 from benchmarks.provenance import provenance
 from generate_instruction import load_seed_tasks
-from root_verbs import parse_by_rules
 
 FIELDS = ("instruction", "input", "output")
 PERCENTILES = (5, 25, 50, 75, 95)

@@ -13,9 +13,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 import parse_analysis
-import root_verbs
+from alpaca.analysis import root_verbs
+from alpaca.analysis.root_verbs import NOTHING, Parse, parse_by_rules
 from alpaca.cli import UserError
-from root_verbs import NOTHING, Parse, parse_by_rules
 
 # Instruction, lemma of the root verb, lemma of its direct object's head noun, as a person reads them. Read is the first
 # sentence that asks for something; a question's root verb is its lexical verb; a form of "to be" is none. Names,
