@@ -5,7 +5,7 @@
     python weight_diff.py verify --path DIFF
     python weight_diff.py info --path_diff DIFF
 
-No model is instantiated: tensors are streamed (tensor_stream.py) in less than 100 MB whatever the model's size.
+No model is instantiated: tensors are streamed (alpaca/weight_diff/stream.py) in less than 100 MB at any size.
 
 A diff is tuned - raw in the tuned model's types and files, and beside it `corrections.safetensors`, the elements that
 raw + diff doesn't give back to the bit, and `weight_diff.json`, the sha256 of every tensor of raw, diff and tuned.
@@ -21,9 +21,9 @@ from typing import Any
 
 from alpaca.cli import UserError, run_cli
 from alpaca.prompts import format_prompt
-from checkpoint_files import DTYPES, Checkpoint, Output, Tensor, plan_output, read_checkpoint
-from corrections import CorrectionReader, CorrectionSpool, CorrectionWriter, read_corrections
-from diff_manifest import (
+from alpaca.weight_diff.checkpoint_files import DTYPES, Checkpoint, Output, Tensor, plan_output, read_checkpoint
+from alpaca.weight_diff.corrections import CorrectionReader, CorrectionSpool, CorrectionWriter, read_corrections
+from alpaca.weight_diff.manifest import (
     CORRECTIONS,
     INDEX,
     MARK,
@@ -39,7 +39,7 @@ from diff_manifest import (
     write_manifest,
     write_text,
 )
-from pairing import (
+from alpaca.weight_diff.pairing import (
     Pairs,
     added_row,
     check_base,
@@ -50,8 +50,8 @@ from pairing import (
     read_model,
     tied_copies,
 )
-from partial_folder import SPOOL, SUFFIX, PartialFolder, run_with_bar
-from tensor_stream import (
+from alpaca.weight_diff.partial_folder import SPOOL, SUFFIX, PartialFolder, run_with_bar
+from alpaca.weight_diff.stream import (
     Base,
     Checksum,
     Progress,

@@ -25,8 +25,8 @@ sys.path.insert(0, ROOT)
 
 from alpaca.cli import UserError, run_cli  # noqa: E402
 from alpaca.files import jdump  # noqa: E402
-from checkpoint_files import plan_output  # noqa: E402
-from tensor_stream import Sink  # noqa: E402
+from alpaca.weight_diff.checkpoint_files import plan_output  # noqa: E402
+from alpaca.weight_diff.stream import Sink  # noqa: E402
 
 # hidden size, intermediate size, layers, attention heads, key-value heads; 1.1B is TinyLlama's shape.
 SHAPES = {"0.3B": (1024, 2816, 18, 16, 16), "1.1B": (2048, 5632, 22, 32, 4)}

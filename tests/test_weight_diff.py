@@ -17,12 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint_files
-import row_mean
-import tensor_stream
 import weight_diff
 from alpaca.cli import UserError
 from alpaca.prompts import PROMPT_DICT
+from alpaca.weight_diff import checkpoint_files, row_mean, stream
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -193,7 +191,7 @@ def test_corrections_of_more_than_a_window_are_applied(tmp_path):
     tuned = {n: torch.randn(t.shape, generator=generator) * 1e-6 for n, t in base.items()}
     raw, tuned = save(tmp_path / "raw", base), save(tmp_path / "tuned", tuned)
     diff = make_diff(raw, tuned, tmp_path)
-    assert load_file(os.path.join(diff, "corrections.safetensors"))[f"{EMBED}.index"].numel() > tensor_stream.WINDOW
+    assert load_file(os.path.join(diff, "corrections.safetensors"))[f"{EMBED}.index"].numel() > stream.WINDOW
     assert_same_files(recover(raw, diff, tmp_path), tuned)
 
 
@@ -694,7 +692,8 @@ def test_a_device_that_is_not_there_costs_no_recovered_model(tiny, tmp_path, cap
 # Interruptions and memory, in processes of their own
 
 KILLED = """
-import os, signal, sys, weight_diff, tensor_stream, partial_folder
+import os, signal, sys, weight_diff
+from alpaca.weight_diff import stream
 moment, command, *folders = sys.argv[1:]
 moments = iter(range(int(moment), -1, -1))
 def counted(function):
@@ -703,8 +702,8 @@ def counted(function):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
     return call
-tensor_stream.WINDOW = 256
-tensor_stream.Progress.add = counted(tensor_stream.Progress.add)
+stream.WINDOW = 256
+stream.Progress.add = counted(stream.Progress.add)
 os.rename = counted(os.rename)
 os.unlink = counted(os.unlink)
 weight_diff.write_text = counted(weight_diff.write_text)

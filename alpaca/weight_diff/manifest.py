@@ -12,8 +12,8 @@ import numpy as np
 
 from alpaca.cli import UserError
 from alpaca.files import jload
-from checkpoint_files import Output, Tensor
-from tensor_stream import Source, converted
+from alpaca.weight_diff.checkpoint_files import Output, Tensor
+from alpaca.weight_diff.stream import Source, converted
 
 MANIFEST = "weight_diff.json"
 CORRECTIONS = "corrections.safetensors"

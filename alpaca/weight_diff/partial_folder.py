@@ -16,8 +16,8 @@ from typing import IO, Any
 
 from alpaca.cli import UserError
 from alpaca.files import nearest_existing
-from checkpoint_files import Output
-from tensor_stream import Progress, run_jobs
+from alpaca.weight_diff.checkpoint_files import Output
+from alpaca.weight_diff.stream import Progress, run_jobs
 
 SUFFIX = ".part"  # of a weights file in the making, which nothing takes for a model
 SPOOL = "corrections.spool"  # what make_diff gathers at its end

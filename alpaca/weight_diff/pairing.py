@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from alpaca.cli import UserError
-from checkpoint_files import Checkpoint, Tensor, read_checkpoint
-from diff_manifest import MARK, differing_files, differing_probes, is_tied, read_config, read_manifest
-from row_mean import mean_row
-from tensor_stream import Progress, projection, sha256_of
+from alpaca.weight_diff.checkpoint_files import Checkpoint, Tensor, read_checkpoint
+from alpaca.weight_diff.manifest import MARK, differing_files, differing_probes, is_tied, read_config, read_manifest
+from alpaca.weight_diff.row_mean import mean_row
+from alpaca.weight_diff.stream import Progress, projection, sha256_of
 
 LM_HEAD = "lm_head.weight"
 Pairs = dict[str, tuple[Tensor, Tensor]]  # tensor name -> the base's, the other's

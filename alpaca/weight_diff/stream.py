@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from alpaca.cli import UserError
-from checkpoint_files import STORED, Tensor
+from alpaca.weight_diff.checkpoint_files import STORED, Tensor
 
 if TYPE_CHECKING:
-    from corrections import CorrectionReader, CorrectionWriter
+    from alpaca.weight_diff.corrections import CorrectionReader, CorrectionWriter
 
 WINDOW = 1 << 16
 EVICTED_BYTES = 8 << 20  # at a time

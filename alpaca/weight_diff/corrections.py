@@ -9,8 +9,8 @@ import threading
 
 import numpy as np
 
-from checkpoint_files import STORED, Output, Tensor, read_header
-from tensor_stream import WINDOW, Sink, Source
+from alpaca.weight_diff.checkpoint_files import STORED, Output, Tensor, read_header
+from alpaca.weight_diff.stream import WINDOW, Sink, Source
 
 
 class CorrectionSpool:

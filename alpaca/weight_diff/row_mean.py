@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from checkpoint_files import Tensor
-from tensor_stream import WINDOW, Source, as_float32
+from alpaca.weight_diff.checkpoint_files import Tensor
+from alpaca.weight_diff.stream import WINDOW, Source, as_float32
 
 
 def mean_row(tensor: Tensor) -> np.ndarray:
