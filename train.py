@@ -13,13 +13,13 @@ r"""Fine-tunes LLaMA or OPT on instruction data, as Stanford Alpaca did.
 
 import sys
 
-import flags
 from alpaca.cli import UserError
 from alpaca.ranks import refuse
+from alpaca.training import arguments
 
 if __name__ == "__main__" and sys.argv[1:2] != ["merge"]:
     try:
-        flags.check_flags(sys.argv[1:], __file__)
+        arguments.check_flags(sys.argv[1:], __file__)
     except UserError as error:
         refuse(error)
 
@@ -32,14 +32,6 @@ import transformers
 from torch.utils.data import Dataset
 from transformers.trainer_utils import IntervalStrategy, set_seed
 
-import checkpoint
-import lora
-import packed_model
-import packing
-import resources
-import sharding
-import throughput
-import tokenization
 from alpaca import models, tokenizers
 from alpaca.cli import run_cli
 from alpaca.prompts import PROMPT_DICT, alpaca_chat_template
@@ -51,8 +43,12 @@ from alpaca.tokenizers import (
     DEFAULT_UNK_TOKEN,
     smart_tokenizer_and_embedding_resize,
 )
-from packing import IGNORE_INDEX
-from trainer import AlpacaTrainer, check_labels
+from alpaca.training import data as training_data
+from alpaca.training import lora, memory, saving, sharding, throughput
+from alpaca.training.packing import model as packed_model
+from alpaca.training.packing import passes
+from alpaca.training.packing.passes import IGNORE_INDEX
+from alpaca.training.trainer import AlpacaTrainer, check_labels
 
 __all__ = [
     "DEFAULT_BOS_TOKEN",
@@ -176,12 +172,12 @@ def parse_arguments(argv: Sequence[str] | None = None):
         UserError: a value doesn't fit its flag, or flags contradict each other.
     """
     parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
-    parser.error = flags.fail
+    parser.error = arguments.fail
     try:
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    flags.check_values(model_args, data_args, args)
+    arguments.check_values(model_args, data_args, args)
     asked = args.eval_strategy != "no" or args.eval_on_start
     if asked and not (data_args.eval_data_path or data_args.eval_fraction):
         say(f"--eval_strategy {args.eval_strategy.value}: no --eval_data_path or --eval_fraction; not evaluating")
@@ -205,10 +201,10 @@ def preprocess(sources: Sequence[str], targets: Sequence[str], tokenizer) -> dic
         `input_ids` and `labels`, one int64 tensor each per example; labels of prompt tokens are IGNORE_INDEX.
     """
     targets = [target.removesuffix(tokenizer.eos_token) for target in targets]
-    return _as_tensors(tokenization.tokenize_examples(sources, targets, tokenizer))
+    return _as_tensors(training_data.tokenize_examples(sources, targets, tokenizer))
 
 
-def _as_tensors(tokenized: tokenization.TokenizedExamples) -> dict[str, list[torch.Tensor]]:
+def _as_tensors(tokenized: training_data.TokenizedExamples) -> dict[str, list[torch.Tensor]]:
     input_ids = torch.from_numpy(tokenized.input_ids.astype("int64"))
     lengths = torch.from_numpy(tokenized.lengths())
     position = torch.arange(len(input_ids)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
@@ -231,8 +227,8 @@ class SupervisedDataset(Dataset):
     def __init__(self, data_path: str, tokenizer, examples: Mapping[int, Mapping] | None = None):
         """Tokenizes the records of `data_path`, or those of them that `examples` gives by number."""
         super().__init__()
-        examples = dict(enumerate(tokenization.load_dataset_examples(data_path))) if examples is None else examples
-        tokenized = tokenization.tokenize_once(list(examples.values()), tokenizer, progress=is_main())
+        examples = dict(enumerate(training_data.load_dataset_examples(data_path))) if examples is None else examples
+        tokenized = training_data.tokenize_once(list(examples.values()), tokenizer, progress=is_main())
         tensors = _as_tensors(tokenized)
         self.data_path, self.records, self.truncated = data_path, list(examples), tokenized.truncated
         self.input_ids, self.labels = tensors["input_ids"], tensors["labels"]
@@ -285,7 +281,7 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments, seed: int =
     Raises:
         UserError: names the first record that is wrong and what was found there.
     """
-    examples = dict(enumerate(tokenization.load_dataset_examples(data_args.data_path)))
+    examples = dict(enumerate(training_data.load_dataset_examples(data_args.data_path)))
     held_out = {}
     if data_args.eval_fraction:
         if len(examples) < 2:
@@ -378,14 +374,12 @@ def train() -> None:
         SystemExit: status 143 after SIGTERM.
     """
     model_args, data_args, args = parse_arguments()
-    resume = checkpoint.find_resume_point(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
+    resume = saving.find_resume_point(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     tokenizer, skeleton = load_skeleton(model_args, args)
     if args.fsdp:
         sharding.fit_fsdp(args, skeleton)
     dropout = model_args.lora_dropout if model_args.lora_r else 0.0
-    packed, shared, why_not = packing.choose(
-        skeleton.config, args.padding_free, args.shared_prefix, dropout, args.n_gpu
-    )
+    packed, shared, why_not = passes.choose(skeleton.config, args.padding_free, args.shared_prefix, dropout, args.n_gpu)
     if why_not:
         say(why_not)
     with args.main_process_first(local=True):
@@ -394,14 +388,14 @@ def train() -> None:
     check_labels(data["train_dataset"], args.per_device_train_batch_size)
     check_labels(data["eval_dataset"], args.per_device_eval_batch_size)
     if packed:
-        packing.check_pass(args.max_tokens_per_pass, data["train_dataset"])
-    shape = resources.check(args, skeleton, model_args.adapt if model_args.lora_r else None, len(data["train_dataset"]))
+        passes.check_pass(args.max_tokens_per_pass, data["train_dataset"])
+    shape = memory.check(args, skeleton, model_args.adapt if model_args.lora_r else None, len(data["train_dataset"]))
     if resume:
-        steps = resources.total_steps(args, len(data["train_dataset"]))
-        checkpoint.check_same_run(resume, skeleton.config, model_args.lora_r, args, steps)
-    if choice := resources.choose_resharding(shape, args, packed):
+        steps = memory.total_steps(args, len(data["train_dataset"]))
+        saving.check_same_run(resume, skeleton.config, model_args.lora_r, args, steps)
+    if choice := memory.choose_resharding(shape, args, packed):
         say(choice)
-    tokens = resources.tokens_per_pass(shape, args)
+    tokens = memory.tokens_per_pass(shape, args)
 
     set_seed(args.seed)
     model = load_model(model_args, args, tokenizer, skeleton.config)
@@ -412,11 +406,11 @@ def train() -> None:
     if packed_model.choose_kernels(args, packed):
         packed_model.compile_layers(model)
     # SIGTERM waits also while the model is saved, which may be the first save of the run.
-    claimed = checkpoint.claimed(args.output_dir, args.overwrite_output_dir)
-    with claimed, checkpoint.disk_watched(args.output_dir), trainer.stop_signal:
+    claimed = saving.claimed(args.output_dir, args.overwrite_output_dir)
+    with claimed, saving.disk_watched(args.output_dir), trainer.stop_signal:
         trainer.train(resume_from_checkpoint=resume)
         if trainer.stopped:
-            last = checkpoint.last_checkpoint(args.output_dir)
+            last = saving.last_checkpoint(args.output_dir)
             say(f"SIGTERM: stopped and saved {last}; the same command with --resume_from_checkpoint True continues")
             raise SystemExit(143)
         trainer.save_state()

@@ -59,17 +59,17 @@ def one_pass(examples: int):
     """Lays out examples with lengths like Alpaca's as one pass, on the GPU."""
     import torch
 
-    import packed_model
-    import packing
+    from alpaca.training.packing import model as packed_model
+    from alpaca.training.packing import passes
 
     data = drawn_examples(examples, LLAMA_7B["vocab_size"])
-    prefixes = packing.find_prefixes(data, examples)
+    prefixes = passes.find_prefixes(data, examples)
     documents = []
     for example in data:
         batch = {"input_ids": example["input_ids"][None], "labels": example["labels"][None]}
         batch["attention_mask"] = batch["input_ids"].new_ones(batch["input_ids"].shape)
-        documents += packing.documents_of(batch, 1.0, prefixes)
-    (found,) = packing.make_passes(documents, 10**9)
+        documents += passes.documents_of(batch, 1.0, prefixes)
+    (found,) = passes.make_passes(documents, 10**9)
     return packed_model.to_device(found, torch.device("cuda"))
 
 
@@ -77,7 +77,7 @@ def attention_error() -> dict[str, float]:
     """Relative errors of output and gradients against float64 on the CPU."""
     import torch
 
-    import packed_model
+    from alpaca.training.packing import model as packed_model
 
     layout = one_pass(32).layout
     tokens = int(layout.cu_seqlens_q[-1])
@@ -107,7 +107,7 @@ def decoder_layer() -> dict:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import packed_model
+    from alpaca.training.packing import model as packed_model
 
     batch = one_pass(64)
     found = {"tokens": batch.input_ids.numel()}

@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from train_throughput import LLAMA_7B  # noqa: E402
 
-import resources  # noqa: E402
 from alpaca.cli import run_cli  # noqa: E402
 from alpaca.files import jdump  # noqa: E402
+from alpaca.training import memory  # noqa: E402
 
 # The models' own numbers: Touvron et al. 2023, table 2; Zhang et al. 2022, table 1.
 LLAMA_13B = {**LLAMA_7B, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40}
@@ -126,7 +126,7 @@ def make_model(config: dict, half: bool, lora_r: int):
     """Makes a model on the meta device, in the types of train.py's."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import lora
+    from alpaca.training import lora
 
     dtype = torch.bfloat16 if half and lora_r else torch.float32
     with torch.device("meta"):
@@ -134,7 +134,7 @@ def make_model(config: dict, half: bool, lora_r: int):
     return lora.add_adapter(model, lora_r, 16.0, 0.05, None) if lora_r else model
 
 
-def count_step(config: dict, plan: resources.Plan, lora_r: int = 0, packed: bool = False) -> float:
+def count_step(config: dict, plan: memory.Plan, lora_r: int = 0, packed: bool = False) -> float:
     """Counts the most bytes that a step holds at once on a device.
 
     Args:
@@ -186,7 +186,7 @@ def _layers(model) -> list:
     return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
 
 
-def _shard(model, mesh, plan: resources.Plan) -> None:
+def _shard(model, mesh, plan: memory.Plan) -> None:
     """Wraps a model as accelerate does for train.py, in the precision of sharding.spare_accuracy."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -196,7 +196,7 @@ def _shard(model, mesh, plan: resources.Plan) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=plan.reshards)
 
 
-def _padded_step(model, plan: resources.Plan):
+def _padded_step(model, plan: memory.Plan):
     def step() -> None:
         ids = torch.zeros(plan.batch, plan.length, dtype=torch.int64)
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.half and plan.sharding == "none"):
@@ -206,14 +206,14 @@ def _padded_step(model, plan: resources.Plan):
     return step
 
 
-def _packed_step(model, plan: resources.Plan):
+def _packed_step(model, plan: memory.Plan):
     """One document as long as a pass: attention keeps what variable-length attention keeps on a GPU."""
-    import packed_model
-    import packing
+    from alpaca.training.packing import model as packed_model
+    from alpaca.training.packing import passes as packing_passes
 
     packed_model.install(model)
     ids = torch.zeros(plan.length, dtype=torch.int64)
-    (one,) = packing.make_passes([packing.Document(ids, ids, 1.0)], plan.length)
+    (one,) = packing_passes.make_passes([packing_passes.Document(ids, ids, 1.0)], plan.length)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.half and plan.sharding == "none"):
@@ -235,11 +235,11 @@ def count(output: str = os.path.join(ROOT, "benchmarks", "results", "memory.json
         start = time.perf_counter()
         settings = {"batch": 4, "length": 512, "half": True, "scratch": 4, **changes}
         lora_r, packed = settings.pop("lora_r", 0), settings.pop("packed", False)
-        plan = resources.Plan(sharding, ranks, ranks, **settings)
+        plan = memory.Plan(sharding, ranks, ranks, **settings)
         counted = count_step(config, plan, lora_r, packed)
         padded = replace(plan, length=min(plan.length, 512))  # what train.py counts a layer with
-        shape = resources.model_shape(make_model(config, plan.half, lora_r), padded)
-        estimated = resources.estimate(shape, plan)[0]
+        shape = memory.model_shape(make_model(config, plan.half, lora_r), padded)
+        estimated = memory.estimate(shape, plan)[0]
         rows[name] = {"counted_gib": round(counted / 2**30, 2), "estimated_gib": round(estimated / 2**30, 2)}
         rows[name]["estimate_over_count"] = round(estimated / counted, 3)
         print(

@@ -272,24 +272,23 @@ def _common(job: dict, batch: int) -> dict:
 def _trainer(job: dict, settings: dict, examples: list[dict]):
     import torch
 
-    import packed_model
-    import packing
-    import resources
-    import sharding
+    from alpaca.training import memory, sharding
+    from alpaca.training.packing import model as packed_model
+    from alpaca.training.packing import passes
+    from alpaca.training.trainer import AlpacaTrainer
     from train import DataCollatorForSupervisedDataset, TrainingArguments
-    from trainer import AlpacaTrainer
 
     flags = {"max_tokens_per_pass": job["max_tokens"], **ROWS[job["row"]]}
     args = TrainingArguments(**_common(job, 4), **flags)
     skeleton = _random_model(settings, "meta")  # as in train.py, the memory is looked at before the weights are there
     if args.fsdp:
         sharding.fit_fsdp(args, skeleton)
-    packed, shared, _ = packing.choose(skeleton.config, args.padding_free, args.shared_prefix)
+    packed, shared, _ = passes.choose(skeleton.config, args.padding_free, args.shared_prefix)
     collator = DataCollatorForSupervisedDataset(_Padding())
     numbered = [{**example, "record": torch.tensor(i)} for i, example in enumerate(examples)]
-    shape = resources.model_shape(skeleton, resources.plan_of(args))
-    job["notes"] = [resources.choose_resharding(shape, args, packed)]
-    tokens = resources.tokens_per_pass(shape, args)
+    shape = memory.model_shape(skeleton, memory.plan_of(args))
+    job["notes"] = [memory.choose_resharding(shape, args, packed)]
+    tokens = memory.tokens_per_pass(shape, args)
     model = _random_model(settings)
     trainer = AlpacaTrainer(model=model, args=args, train_dataset=numbered, data_collator=collator, shape=shape)
     if packed:
@@ -388,7 +387,7 @@ class Counter:
         Work is the one over the other: 1.54 for padding alone. It is 0 where lm_head was not called: TRL has a loss of
         its own, whose logits are not seen here.
         """
-        import throughput
+        from alpaca.training import throughput
 
         useful = sum(len(example["input_ids"]) for example in examples) / (job["steps"] + 1) * self.steps
         if job["row"] == "TRL packing":

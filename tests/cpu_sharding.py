@@ -20,8 +20,8 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-import sharding
 import train
+from alpaca.training import sharding
 
 # Would be compiled first, for minutes; gloo does it. (`deepspeed.comm.torch` as a name is PyTorch itself.)
 importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None

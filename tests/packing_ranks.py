@@ -9,8 +9,8 @@ import torch.distributed as dist
 from test_packing import gradients, load_examples, make_model, micro_batches, packed_loss, padded_loss, worst
 from torch.distributed.fsdp import fully_shard
 
-import packed_model
-import packing
+from alpaca.training.packing import model as packed_model
+from alpaca.training.packing import passes as packing_passes
 
 TINY = 300  # tokens per pass: ranks need different numbers of passes
 
@@ -34,7 +34,7 @@ def sharded_errors(examples: list[dict], name: str, reduction: str, max_tokens: 
         fully_shard(layer)
     fully_shard(model)
     mine = batches[dist.get_rank() :: dist.get_world_size()]
-    total = sum(int((batch["labels"][:, 1:] != packing.IGNORE_INDEX).sum()) for batch in batches)
+    total = sum(int((batch["labels"][:, 1:] != packing_passes.IGNORE_INDEX).sum()) for batch in batches)
     loss, passes = packed_loss(
         model, mine, reduction, True, max_tokens, dist.get_world_size(), agree=most, step_supervised=total,
         before=(lambda last: model.set_requires_gradient_sync(last)) if no_sync else None,

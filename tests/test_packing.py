@@ -14,11 +14,11 @@ import sentencepiece
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import packed_model
-import packing
-import resources
 from alpaca.cli import UserError
 from alpaca.prompts import format_prompt
+from alpaca.training import memory
+from alpaca.training.packing import model as packed_model
+from alpaca.training.packing import passes as packing_passes
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
 LLAMA_LIKE = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 512}
@@ -64,7 +64,7 @@ def load_examples(root: str, count: int = 16) -> list[dict]:
         prompt, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + output)
         ids = torch.tensor([1, *whole, 2])[:200]
         labels = ids.clone()
-        labels[: len(prompt) + 1] = packing.IGNORE_INDEX
+        labels[: len(prompt) + 1] = packing_passes.IGNORE_INDEX
         found.append({"input_ids": ids, "labels": labels})
     return found
 
@@ -90,7 +90,7 @@ def padded_loss(model, batches: list[dict], reduction: str) -> torch.Tensor:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         labels = batch["labels"][:, 1:]
         sums.append(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum"))
-        counts.append((labels != packing.IGNORE_INDEX).sum())
+        counts.append((labels != packing_passes.IGNORE_INDEX).sum())
     if reduction == "global":
         return torch.stack(sums).sum() / torch.stack(counts).sum()
     return (torch.stack(sums) / torch.stack(counts)).mean()
@@ -102,15 +102,15 @@ def packed_loss(model, batches: list[dict], reduction: str, shared: bool, max_to
     `agree` goes to make_passes, `step_supervised` counts all ranks' tokens, `before(last)` is called before each pass.
     """
     before = more.pop("before", None)
-    counts = [int((batch["labels"][:, 1:] != packing.IGNORE_INDEX).sum()) for batch in batches]
+    counts = [int((batch["labels"][:, 1:] != packing_passes.IGNORE_INDEX).sum()) for batch in batches]
     total = more.pop("step_supervised", sum(counts))
     flat = [example for batch in batches for example in unpadded(batch)]
-    prefixes = packing.find_prefixes(flat, len(flat)) if shared else []
+    prefixes = packing_passes.find_prefixes(flat, len(flat)) if shared else []
     documents = []
     for batch, count in zip(batches, counts, strict=True):
-        weight = packing.token_weight(reduction, count, len(batches), total, world_size)
-        documents += packing.documents_of(batch, weight, prefixes)
-    passes = packing.make_passes(documents, max_tokens, **more)
+        weight = packing_passes.token_weight(reduction, count, len(batches), total, world_size)
+        documents += packing_passes.documents_of(batch, weight, prefixes)
+    passes = packing_passes.make_passes(documents, max_tokens, **more)
     loss = 0.0
     for one in passes:
         if before:
@@ -122,7 +122,7 @@ def packed_loss(model, batches: list[dict], reduction: str, shared: bool, max_to
 
 
 def unpadded(batch: dict) -> list[dict]:
-    return [{"input_ids": d.input_ids, "labels": d.labels} for d in packing.documents_of(batch, 1.0)]
+    return [{"input_ids": d.input_ids, "labels": d.labels} for d in packing_passes.documents_of(batch, 1.0)]
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -192,9 +192,9 @@ def test_passes_added_to_keep_step_with_other_ranks_change_nothing(examples, ref
 
 
 def test_passes_hold_every_document_once_within_their_tokens(examples):
-    documents = packing.documents_of(collate(examples), 1.0, packing.find_prefixes(examples, 16))
+    documents = packing_passes.documents_of(collate(examples), 1.0, packing_passes.find_prefixes(examples, 16))
     longest = max(len(example["input_ids"]) for example in examples)
-    passes = packing.make_passes(documents, 2 * longest)
+    passes = packing_passes.make_passes(documents, 2 * longest)
     assert all(one.input_ids.shape[1] <= 2 * longest for one in passes)
     assert sum(len(one.targets) for one in passes) == sum(int((d.labels != -100).sum()) for d in documents)
     shared = sum(sum(len(p) for p in {d.prefix for d in documents}) for _ in passes)
@@ -204,7 +204,7 @@ def test_passes_hold_every_document_once_within_their_tokens(examples):
 
 
 def test_a_document_longer_than_a_pass_gets_one_of_its_own(examples):
-    passes = packing.make_passes(packing.documents_of(collate(examples[:3]), 1.0), 10)
+    passes = packing_passes.make_passes(packing_passes.documents_of(collate(examples[:3]), 1.0), 10)
     assert sorted(one.input_ids.shape[1] for one in passes) == sorted(len(e["input_ids"]) for e in examples[:3])
 
 
@@ -213,15 +213,15 @@ def test_a_document_longer_than_a_pass_gets_one_of_its_own(examples):
 def test_changing_one_document_changes_no_others_logits(examples, name, shared):
     model = make_model(name)
     packed_model.install(model)
-    prefixes = packing.find_prefixes(examples, 16) if shared else []
+    prefixes = packing_passes.find_prefixes(examples, 16) if shared else []
     changed = {**examples[5], "input_ids": examples[5]["input_ids"].clone()}
     changed["input_ids"][60:] = 7
     logits = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output))
     for batch in (examples, [*examples[:5], changed, *examples[6:]]):
-        documents = packing.documents_of(collate(batch), 1.0, prefixes)
+        documents = packing_passes.documents_of(collate(batch), 1.0, prefixes)
         documents[5] = dataclasses.replace(documents[5], weight=5.0)
-        (one,) = packing.make_passes(documents, 10**6)
+        (one,) = packing_passes.make_passes(documents, 10**6)
         model(packed=one)
     others = one.weights != 5.0
     assert torch.equal(logits[0][others], logits[1][others])
@@ -234,22 +234,22 @@ def test_a_tasks_prefix_ends_before_a_merged_token():
 
     # 10 11 12 open every prompt; in the last one the third character became part of token 99.
     plain = [example(10, 11, 12, 20 + i, 50, 2) for i in range(8)]
-    assert packing.find_prefixes(plain, 8) == [(10, 11, 12)]
-    merged = packing.documents_of(collate([*plain, example(10, 11, 99, 50, 2)]), 1.0, [(10, 11, 12)])
+    assert packing_passes.find_prefixes(plain, 8) == [(10, 11, 12)]
+    merged = packing_passes.documents_of(collate([*plain, example(10, 11, 99, 50, 2)]), 1.0, [(10, 11, 12)])
     assert [document.prefix for document in merged] == [(10, 11, 12)] * 8 + [()]
 
 
 def test_a_prefix_never_reaches_the_token_that_predicts_the_answer():
     ids = torch.tensor([10, 11, 12, 13, 2])
     examples = [{"input_ids": ids, "labels": torch.tensor([-100, -100, -100, 13, 2])} for _ in range(6)]
-    assert packing.find_prefixes(examples, 6) == [(10, 11)]
+    assert packing_passes.find_prefixes(examples, 6) == [(10, 11)]
 
 
 def test_two_templates_give_two_prefixes_and_a_common_word_none(examples):
-    prefixes = packing.find_prefixes(examples, 16)
+    prefixes = packing_passes.find_prefixes(examples, 16)
     starts = [{tuple(e["input_ids"][: len(p)].tolist()) == p for e in examples} for p in prefixes]
     assert starts == [{True, False}] * 2
-    assert packing.find_prefixes(examples, 1) == []  # alone in its pass, an example shares with nobody
+    assert packing_passes.find_prefixes(examples, 1) == []  # alone in its pass, an example shares with nobody
 
 
 def test_llamas_tokens_have_prefixes_of_29_and_39(reference_dir):
@@ -262,7 +262,7 @@ def test_llamas_tokens_have_prefixes_of_29_and_39(reference_dir):
         prompt = [1, *tokenizer.encode(format_prompt(record))]
         ids = torch.tensor(prompt + tokenizer.encode(record["output"]) + [2])
         found.append({"input_ids": ids, "labels": torch.where(torch.arange(len(ids)) < len(prompt), -100, ids)})
-    prefixes = packing.find_prefixes(found, 32)
+    prefixes = packing_passes.find_prefixes(found, 32)
     assert sorted(map(len, prefixes)) == [29, 39]
 
 
@@ -306,8 +306,8 @@ def test_a_saved_config_names_no_attention_of_ours(tmp_path):
 def test_flex_attentions_mask_is_the_same_rule(examples):
     from torch.nn.attention.flex_attention import flex_attention
 
-    documents = packing.documents_of(collate(examples[:6]), 1.0, packing.find_prefixes(examples, 16))
-    (one,) = packing.make_passes(documents, 10**6)
+    documents = packing_passes.documents_of(collate(examples[:6]), 1.0, packing_passes.find_prefixes(examples, 16))
+    (one,) = packing_passes.make_passes(documents, 10**6)
     states = [torch.randn(1, 4, one.input_ids.shape[1], 16) for _ in range(3)]
     expected = packed_model._per_document(*states, one.layout, None)
     found = flex_attention(*states, block_mask=one.layout.block_mask).transpose(1, 2)
@@ -315,8 +315,8 @@ def test_flex_attentions_mask_is_the_same_rule(examples):
 
 
 def test_gathered_keys_give_the_gradient_of_index_select(examples):
-    documents = packing.documents_of(collate(examples), 1.0, packing.find_prefixes(examples, 16))
-    layout = packing.make_passes(documents, 10**6)[0].layout
+    documents = packing_passes.documents_of(collate(examples), 1.0, packing_passes.find_prefixes(examples, 16))
+    layout = packing_passes.make_passes(documents, 10**6)[0].layout
     states = torch.randn(int(layout.cu_seqlens_q[-1]), 2, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(int(layout.cu_seqlens_k[-1]), 2, 4, dtype=torch.float64)
     gathered = packed_model._Gather.apply(states, layout.kv_index, layout.own, layout.copies)
@@ -340,7 +340,7 @@ CHOICES = [
 @pytest.mark.parametrize(("kind", "settings", "padding_free", "shared_prefix", "expected", "reason"), CHOICES)
 def test_auto_takes_what_leaves_the_losses_alone(kind, settings, padding_free, shared_prefix, expected, reason):
     config = AutoConfig.for_model(kind, **settings)
-    *chosen, why_not = packing.choose(config, padding_free, shared_prefix)
+    *chosen, why_not = packing_passes.choose(config, padding_free, shared_prefix)
     assert tuple(chosen) == expected
     assert reason in why_not
     assert bool(reason) == bool(why_not)
@@ -358,23 +358,23 @@ def test_auto_takes_what_leaves_the_losses_alone(kind, settings, padding_free, s
 )
 def test_true_is_refused_in_one_line_where_it_cannot_be(kind, settings, padding_free, shared_prefix, message):
     with pytest.raises(UserError, match=message) as error:
-        packing.choose(AutoConfig.for_model(kind, **settings), padding_free, shared_prefix)
+        packing_passes.choose(AutoConfig.for_model(kind, **settings), padding_free, shared_prefix)
     assert "\n" not in str(error.value)
 
 
 def test_one_process_that_drives_several_gpus_goes_on_padded():
     """torch.nn.DataParallel would hand every GPU the whole pass."""
-    *chosen, why_not = packing.choose(AutoConfig.for_model("llama"), "auto", "auto", gpus=4)
+    *chosen, why_not = packing_passes.choose(AutoConfig.for_model("llama"), "auto", "auto", gpus=4)
     assert chosen == [False, False]
     assert "torchrun --nproc_per_node=4" in why_not
     with pytest.raises(UserError, match="--padding_free true: one process drives 4 GPUs"):
-        packing.choose(AutoConfig.for_model("llama"), "true", "auto", gpus=4)
+        packing_passes.choose(AutoConfig.for_model("llama"), "true", "auto", gpus=4)
 
 
 def test_lora_dropout_counts_as_dropout():
     config = AutoConfig.for_model("llama")
-    assert packing.choose(config, "auto", "auto", lora_dropout=0.05)[:2] == (False, False)
-    assert packing.choose(config, "auto", "auto", lora_dropout=0.0)[:2] == (True, True)
+    assert packing_passes.choose(config, "auto", "auto", lora_dropout=0.05)[:2] == (False, False)
+    assert packing_passes.choose(config, "auto", "auto", lora_dropout=0.0)[:2] == (True, True)
 
 
 def test_compiled_layers_give_the_same_gradients_from_few_graphs(examples, monkeypatch):
@@ -386,7 +386,7 @@ def test_compiled_layers_give_the_same_gradients_from_few_graphs(examples, monke
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
     monkeypatch.setattr(packed_model, "_per_document", packed_model._varlen)
-    prefixes = packing.find_prefixes(examples, 16)
+    prefixes = packing_passes.find_prefixes(examples, 16)
     plain, compiled = make_model(dtype=torch.float32), make_model(dtype=torch.float32)
     packed_model.install(plain)
     packed_model.install(compiled)
@@ -394,7 +394,7 @@ def test_compiled_layers_give_the_same_gradients_from_few_graphs(examples, monke
     counters.clear()
     packed_model.compile_layers(compiled, backend="aot_eager")
     for chosen in (examples, examples[:7], examples[3:9], examples[1:], examples[4:]):
-        (one,) = packing.make_passes(packing.documents_of(collate(chosen), 0.01, prefixes), 10**6)
+        (one,) = packing_passes.make_passes(packing_passes.documents_of(collate(chosen), 0.01, prefixes), 10**6)
         plain(packed=one).backward()
         compiled(packed=one).backward()
     assert worst(gradients(compiled), gradients(plain)) < 1e-6
@@ -446,7 +446,7 @@ def test_a_world_of_one_under_fsdp2_holds_the_masters_of_adamw(examples, monkeyp
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import fully_shard
 
-    import sharding
+    from alpaca.training import sharding
 
     args = SimpleNamespace(bf16=True, fp16=False, fsdp_plugin_args={"fsdp_version": 2})
     args.accelerator_config = SimpleNamespace(gradient_accumulation_kwargs=None)
@@ -504,7 +504,7 @@ def test_fsdp2_keeps_what_the_estimate_says_between_forward_and_backward(example
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for part in (*model.model.layers, model.model.embed_tokens, model.lm_head, model):
             fully_shard(part, mp_policy=policy, reshard_after_forward=reshards)
-        (one,) = packing.make_passes(packing.documents_of(collate(examples[:2]), 0.1), 10**6)
+        (one,) = packing_passes.make_passes(packing_passes.documents_of(collate(examples[:2]), 0.1), 10**6)
         model(packed=one)
         kept = [p for p in model.parameters() if not isinstance(p, DTensor)]
         copies = sum(p.numel() * p.element_size() for p in kept)
@@ -524,8 +524,8 @@ def test_steps_of_2e_5_vanish_in_pure_bfloat16():
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["_varlen", "_flex"])
 def test_attention_on_a_gpu_agrees_with_float64_on_the_cpu(examples, attention):
-    documents = packing.documents_of(collate(examples), 1.0, packing.find_prefixes(examples, 16))
-    layout = packing.make_passes(documents, 10**6)[0].layout
+    documents = packing_passes.documents_of(collate(examples), 1.0, packing_passes.find_prefixes(examples, 16))
+    layout = packing_passes.make_passes(documents, 10**6)[0].layout
     torch.manual_seed(0)
     states = [torch.randn(1, 4, int(layout.cu_seqlens_q[-1]), 64, dtype=torch.float64) for _ in range(3)]
     upstream = torch.randn(1, states[0].shape[2], 4, 64, dtype=torch.float64)
@@ -692,9 +692,7 @@ def test_a_single_process_under_fsdp2_ends_with_the_padded_runs_weights(trainee,
     assert all(loss != torch.tensor(loss).bfloat16().item() for loss in logged(tmp_path / "half"))
 
 
-SEVEN_BILLION = resources.ModelShape(
-    6_738_423_808, 6_738_423_808, 6_607_343_616, 202_383_360, 4096, 32, 32_001, 46 * 4096
-)
+SEVEN_BILLION = memory.ModelShape(6_738_423_808, 6_738_423_808, 6_607_343_616, 202_383_360, 4096, 32, 32_001, 46 * 4096)
 
 
 def on_a_gpu(**changes) -> SimpleNamespace:
@@ -709,7 +707,7 @@ def on_a_gpu(**changes) -> SimpleNamespace:
 
 def test_passes_are_as_long_as_the_estimate_leaves_room_for():
     def tokens(**changes):
-        return resources.tokens_per_pass(SEVEN_BILLION, on_a_gpu(**changes))
+        return memory.tokens_per_pass(SEVEN_BILLION, on_a_gpu(**changes))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (139 * 2**30, 141 * 2**30))  # an H200's
@@ -739,34 +737,33 @@ def test_passes_are_as_long_as_the_estimate_leaves_room_for():
 def test_gathered_weights_are_kept_where_the_longest_pass_fits_beside_them(monkeypatch, free, world, changes, reshards):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, free * 2**30))
     args = on_a_gpu(fsdp=True, world_size=world, **changes)
-    line = resources.choose_resharding(SEVEN_BILLION, args, packed=True)
+    line = memory.choose_resharding(SEVEN_BILLION, args, packed=True)
     assert args.fsdp_plugin_args["reshard_after_forward"] == reshards
     assert line.startswith("FSDP2 gathers weights for forward and backward each" if reshards else "FSDP2 keeps")
     assert "12.2 GiB" in line  # 2 bytes per parameter, less the layer that a run gathers in either case
-    empty = resources.replace(resources.plan_of(args), batch=0, scratch=0)
-    kept, freed = (resources.estimate(SEVEN_BILLION, resources.replace(empty, reshards=r))[0] for r in (False, True))
+    empty = memory.replace(memory.plan_of(args), batch=0, scratch=0)
+    kept, freed = (memory.estimate(SEVEN_BILLION, memory.replace(empty, reshards=r))[0] for r in (False, True))
     assert kept - freed == 2 * (SEVEN_BILLION.parameters - SEVEN_BILLION.largest_unit)
 
 
 def test_padded_batches_leave_more_room_for_gathered_weights(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 2**30, 80 * 2**30))
     args = on_a_gpu(fsdp=True, world_size=4)
-    assert resources.choose_resharding(SEVEN_BILLION, args, packed=False).startswith("FSDP2 keeps")
+    assert memory.choose_resharding(SEVEN_BILLION, args, packed=False).startswith("FSDP2 keeps")
 
 
 @pytest.mark.parametrize(("share", "keeps"), [(0.89, True), (0.95, False)])
 def test_a_tenth_of_the_free_memory_stays_free_where_gathered_weights_are_kept(monkeypatch, share, keeps):
     args = on_a_gpu(fsdp=True, world_size=4)
-    need = resources.estimate(SEVEN_BILLION, resources.replace(resources.plan_of(args), reshards=False))[0]
+    need = memory.estimate(SEVEN_BILLION, memory.replace(memory.plan_of(args), reshards=False))[0]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (need / share, need / share))
-    assert resources.choose_resharding(SEVEN_BILLION, args, packed=False).startswith("FSDP2 keeps") == keeps
+    assert memory.choose_resharding(SEVEN_BILLION, args, packed=False).startswith("FSDP2 keeps") == keeps
 
 
 def test_speed_is_trainings_alone_and_the_time_left_everythings(trainee, tmp_path, monkeypatch):
     """A clock that only evaluations (100 s), saves (1,000 s) and passes (1 s) move."""
-    import throughput
     import train
-    import trainer
+    from alpaca.training import throughput, trainer
 
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
 
@@ -781,7 +778,7 @@ def test_speed_is_trainings_alone_and_the_time_left_everythings(trainee, tmp_pat
     monkeypatch.setattr(throughput, "time", clock)
     monkeypatch.setattr(trainer, "time", clock)
     for name, seconds in (("evaluation_loop", 100), ("_save_checkpoint", 1000)):
-        monkeypatch.setattr(packing.Trainer, name, taking(seconds, getattr(packing.Trainer, name)))
+        monkeypatch.setattr(packing_passes.Trainer, name, taking(seconds, getattr(packing_passes.Trainer, name)))
     monkeypatch.setattr(packed_model, "_packed_loss", taking(1, packed_model._packed_loss))
     flags = ["--max_steps", "4", "--eval_fraction", "0.2", "--eval_strategy", "steps", "--eval_steps", "2"]
     flags += ["--save_strategy", "steps", "--save_steps", "2", "--gradient_accumulation_steps", "1"]
@@ -800,10 +797,10 @@ def test_activations_are_recomputed_where_the_estimate_has_no_room_for_them(
 ):
     import train
 
-    plan = resources.Plan("none", 1, 1, batch=2, length=256, half=False)
-    shape = resources.model_shape(AutoModelForCausalLM.from_pretrained(trainee[1]), plan)
-    room = resources.estimate(resources.replace(shape, layers=layers_that_fit), plan)[0]
-    monkeypatch.setattr(resources, "host_memory", lambda: int(room) + 1)
+    plan = memory.Plan("none", 1, 1, batch=2, length=256, half=False)
+    shape = memory.model_shape(AutoModelForCausalLM.from_pretrained(trainee[1]), plan)
+    room = memory.estimate(memory.replace(shape, layers=layers_that_fit), plan)[0]
+    monkeypatch.setattr(memory, "host_memory", lambda: int(room) + 1)
     load, calls = train.load_model, {"layer": 0, "lm_head": 0}
 
     def load_and_count(*args):
@@ -832,14 +829,14 @@ def test_activations_are_recomputed_where_the_estimate_has_no_room_for_them(
     ],
 )
 def test_what_the_command_line_says_about_resharding_stands(monkeypatch, tmp_path, words, config, expected):
-    import sharding
     import train
+    from alpaca.training import sharding
 
     monkeypatch.setattr(sharding, "can_shard", lambda: True)
     args = train.TrainingArguments(output_dir=str(tmp_path), fsdp=words, fsdp_config=config, use_cpu=True)
     before = dict(args.fsdp_plugin_args)
-    monkeypatch.setattr(resources, "free_memory", lambda device: (2**50, 2**50))
-    line = resources.choose_resharding(SEVEN_BILLION, args, packed=True)
+    monkeypatch.setattr(memory, "free_memory", lambda device: (2**50, 2**50))
+    line = memory.choose_resharding(SEVEN_BILLION, args, packed=True)
     if expected is None:
         assert before["reshard_after_forward"] is True
         assert line
@@ -852,11 +849,12 @@ def test_what_the_command_line_says_about_resharding_stands(monkeypatch, tmp_pat
 def test_two_ranks_see_the_same_least_free_memory(tmp_path, root):
     """Each rank has another figure; both decide by the smallest."""
     script = """
-import os, torch, resources
+import os, torch
+from alpaca.training import memory
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
-resources.host_memory = lambda: [2**34, 2**33][rank]
-there, host = resources.free_memory(torch.device("cpu"))
+memory.host_memory = lambda: [2**34, 2**33][rank]
+there, host = memory.free_memory(torch.device("cpu"))
 assert (there, host) == (2**32, 2**33), (there, host)
 torch.distributed.destroy_process_group()
 """
@@ -935,8 +933,8 @@ def test_ligers_kernels_give_the_same_gradients_on_a_gpu(examples, monkeypatch):
     modeling = sys.modules[type(plain).__module__]
     for part in vars(modeling).copy():
         monkeypatch.setattr(modeling, part, getattr(modeling, part))
-    (one,) = packing.make_passes(
-        packing.documents_of(collate(examples), 0.01, packing.find_prefixes(examples, 16)), 10**6
+    (one,) = packing_passes.make_passes(
+        packing_passes.documents_of(collate(examples), 0.01, packing_passes.find_prefixes(examples, 16)), 10**6
     )
     one = packed_model.to_device(one, torch.device("cuda"))
     for model in (plain, liger):

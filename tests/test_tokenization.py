@@ -9,10 +9,10 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 import tiny_model
-import tokenization
 from alpaca import tokenizers
 from alpaca.cli import UserError
 from alpaca.prompts import PROMPT_DICT, format_prompt
+from alpaca.training import data as training_data
 
 IGNORE = -100
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -120,7 +120,7 @@ def test_ids_and_labels_are_the_originals_with_sentencepiece(llama_dir, examples
         [t + "</s>" for t in targets],
         lambda text: [1, *reference.encode(text.removesuffix("</s>")), *([2] if text.endswith("</s>") else [])],
     )
-    assert ours(tokenization.tokenize_examples(sources, targets, tokenizer)) == expected
+    assert ours(training_data.tokenize_examples(sources, targets, tokenizer)) == expected
 
 
 def test_tokens_stay_sentencepieces_after_saving_and_loading(llama_dir, examples, tmp_path):
@@ -140,14 +140,14 @@ def test_ids_and_labels_are_the_originals_with_byte_level_bpe(opt_dir, examples)
     one_at_a_time = original_preprocess(
         sources, [t + tokenizer.eos_token for t in targets], lambda text: tokenizer(text)["input_ids"]
     )
-    assert ours(tokenization.tokenize_examples(sources, targets, tokenizer)) == one_at_a_time
+    assert ours(training_data.tokenize_examples(sources, targets, tokenizer)) == one_at_a_time
     assert one_at_a_time[0][0][0] == tokenizer.bos_token_id
 
 
 def test_token_that_straddles_prompt_and_answer_is_not_learned(llama_dir):
     tokenizer, _ = load(llama_dir)
     source = PROMPT_DICT["prompt_no_input"].replace("{instruction}", "List.")
-    [(ids, labels)] = ours(tokenization.tokenize_examples([source], ["- one"], tokenizer))
+    [(ids, labels)] = ours(training_data.tokenize_examples([source], ["- one"], tokenizer))
     first = next(i for i, label in enumerate(labels) if label != IGNORE)
     assert tokenizer.convert_ids_to_tokens(ids)[first - 1] == ":-"
     assert tokenizer.decode(ids[first:]) == "one</s>"
@@ -171,14 +171,14 @@ def test_empty_special_tokens_become_llamas_own(llama_dir, tmp_path, examples):
 def test_tokenizer_without_bos_gets_none(opt_dir, tmp_path, examples):
     tokenizer, _ = load(variant(opt_dir, tmp_path / "no_bos", add_bos_token=False, bos_token=None))
     sources, targets = [format_prompt(examples[0])], [examples[0]["output"]]
-    [(ids, _)] = ours(tokenization.tokenize_examples(sources, targets, tokenizer))
+    [(ids, _)] = ours(training_data.tokenize_examples(sources, targets, tokenizer))
     assert tokenizer.decode(ids) == sources[0] + targets[0] + "</s>"
 
 
 def test_eos_that_the_tokenizer_adds_itself_is_not_doubled(llama_dir, tmp_path):
     tokenizer, _ = load(variant(llama_dir, tmp_path / "eos", add_eos_token=True))
     assert tokenizer("a")["input_ids"][-1] == 2
-    [(ids, _)] = ours(tokenization.tokenize_examples(["a"], ["b"], tokenizer))
+    [(ids, _)] = ours(training_data.tokenize_examples(["a"], ["b"], tokenizer))
     assert ids.count(2) == 1
 
 
@@ -198,7 +198,7 @@ def test_lengths_are_true_where_pad_is_eos(opt_dir, tmp_path, examples):
 
 def test_truncated_examples_are_counted_and_lose_eos(llama_dir):
     tokenizer, _ = load(llama_dir, limit=40)
-    tokenized = tokenization.tokenize_examples(["one ", "two "], ["short", "long " * 50], tokenizer)
+    tokenized = training_data.tokenize_examples(["one ", "two "], ["short", "long " * 50], tokenizer)
     assert tokenized.truncated == 1
     (short, _), (long, _) = ours(tokenized)
     assert short[-1] == tokenizer.eos_token_id
@@ -230,26 +230,26 @@ def test_padding_takes_a_reserved_token_and_never_eos():
 
 def test_second_run_reads_tokens_from_the_cache(llama_dir, examples, tmp_path, monkeypatch):
     tokenizer, _ = load(llama_dir)
-    first = tokenization.tokenize_once(examples, tokenizer, str(tmp_path))
-    monkeypatch.setattr(tokenization, "tokenize_examples", None)
-    assert ours(tokenization.tokenize_once(examples, tokenizer, str(tmp_path))) == ours(first)
+    first = training_data.tokenize_once(examples, tokenizer, str(tmp_path))
+    monkeypatch.setattr(training_data, "tokenize_examples", None)
+    assert ours(training_data.tokenize_once(examples, tokenizer, str(tmp_path))) == ours(first)
     with pytest.raises(TypeError):  # other content, other name: it has to be tokenized
-        tokenization.tokenize_once(examples[1:], tokenizer, str(tmp_path))
+        training_data.tokenize_once(examples[1:], tokenizer, str(tmp_path))
 
 
 def test_broken_cache_is_tokenized_again(llama_dir, examples, tmp_path):
     tokenizer, _ = load(llama_dir)
-    first = tokenization.tokenize_once(examples[:5], tokenizer, str(tmp_path))
+    first = training_data.tokenize_once(examples[:5], tokenizer, str(tmp_path))
     [path] = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:200])
-    assert ours(tokenization.tokenize_once(examples[:5], tokenizer, str(tmp_path))) == ours(first)
+    assert ours(training_data.tokenize_once(examples[:5], tokenizer, str(tmp_path))) == ours(first)
 
 
 def test_hub_id_without_a_network_is_refused_in_one_line():
     with pytest.raises(UserError, match="cannot load nobody/nothing from the Hub"):
-        tokenization.load_dataset_examples("nobody/nothing")
+        training_data.load_dataset_examples("nobody/nothing")
     with pytest.raises(UserError, match=r"cannot read data/missing.jsonl: No such file"):
-        tokenization.load_dataset_examples("data/missing.jsonl")
+        training_data.load_dataset_examples("data/missing.jsonl")
 
 
 def test_real_llama_tokenizer_gives_sentencepieces_ids_on_real_records(reference_dir, tmp_path):
@@ -268,7 +268,7 @@ def test_real_llama_tokenizer_gives_sentencepieces_ids_on_real_records(reference
         [t + "</s>" for t in targets],
         lambda text: [1, *reference.encode(text.removesuffix("</s>")), *([2] if text.endswith("</s>") else [])],
     )
-    found = ours(tokenization.tokenize_examples(sources, targets, tokenizer))
+    found = ours(training_data.tokenize_examples(sources, targets, tokenizer))
     assert [ids for ids, _ in found] == [ids for ids, _ in expected]
     wrong = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a[1] != b[1]]
     assert not wrong

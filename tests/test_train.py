@@ -21,15 +21,14 @@ import sentencepiece
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
-import lora
-import resources
-import sharding
 import tiny_model
 import train
 from alpaca import models as model_loading
 from alpaca.cli import UserError
 from alpaca.prompts import alpaca_chat_template, format_prompt
+from alpaca.training import lora, saving
+from alpaca.training import memory as memory_estimate
+from alpaca.training import sharding as sharding_module
 
 BUNDLED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "alpaca_data.json")
 CONFIG = {
@@ -274,7 +273,7 @@ def test_only_the_first_rank_of_fsdp_loads_weights(models, monkeypatch, kind):
     )
     chosen = train.ModelArguments(model_name_or_path=models[kind])
     tokenizer, skeleton = train.load_skeleton(chosen, SimpleNamespace(model_max_length=512, cache_dir=None))
-    sharding.fit_fsdp(args, skeleton)
+    sharding_module.fit_fsdp(args, skeleton)
     assert args.fsdp_plugin_args["cpu_ram_efficient_loading"]
     loaded = train.load_model(chosen, args, tokenizer, skeleton.config)
     monkeypatch.setenv("RANK", "1")
@@ -284,7 +283,7 @@ def test_only_the_first_rank_of_fsdp_loads_weights(models, monkeypatch, kind):
     for ours, theirs in zip(empty.buffers(), loaded.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     skeleton.register_buffer("statistics", torch.zeros(1))
-    sharding.fit_fsdp(args, skeleton)
+    sharding_module.fit_fsdp(args, skeleton)
     assert not args.fsdp_plugin_args["cpu_ram_efficient_loading"], "accelerate sends no buffers"
 
 
@@ -359,20 +358,20 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 
 def test_run_killed_in_a_save_continues_exactly(models, data, tmp_path, monkeypatch, root):
-    saving = ("--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2")
+    saves = ("--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2")
     uninterrupted = run(monkeypatch, models["opt"], data, tmp_path / "whole")
     out = tmp_path / "killed"
-    process = start(arguments(models["opt"], data, out, *saving), root)
-    wait_for(lambda: os.path.isdir(out / checkpoint.STAGING / "checkpoint-3"), process)
+    process = start(arguments(models["opt"], data, out, *saves), root)
+    wait_for(lambda: os.path.isdir(out / saving.STAGING / "checkpoint-3"), process)
     process.kill()
     process.communicate()
     if os.path.isdir(out / "checkpoint-3"):  # the save was quicker than the signal: put it back to half a save
-        os.makedirs(out / checkpoint.STAGING, exist_ok=True)
-        os.rename(out / "checkpoint-3", out / checkpoint.STAGING / "checkpoint-3")
-    assert checkpoint.last_checkpoint(str(out)).endswith("checkpoint-2")
-    assert run(monkeypatch, models["opt"], data, out, *saving, "--resume_from_checkpoint", "True") == uninterrupted
+        os.makedirs(out / saving.STAGING, exist_ok=True)
+        os.rename(out / "checkpoint-3", out / saving.STAGING / "checkpoint-3")
+    assert saving.last_checkpoint(str(out)).endswith("checkpoint-2")
+    assert run(monkeypatch, models["opt"], data, out, *saves, "--resume_from_checkpoint", "True") == uninterrupted
     assert_same(out, tmp_path / "whole", 1e-7)
-    assert not os.path.exists(out / checkpoint.STAGING)
+    assert not os.path.exists(out / saving.STAGING)
 
 
 def test_model_whose_files_name_tensors_otherwise_continues_exactly(models, data, tmp_path, monkeypatch):
@@ -394,10 +393,10 @@ def test_model_whose_files_name_tensors_otherwise_continues_exactly(models, data
 
 
 def test_checkpoint_that_is_not_whole_is_not_continued_from(models, data, tmp_path, monkeypatch):
-    out, saving = tmp_path / "out", ("--save_strategy", "steps", "--save_steps", "2")
-    run(monkeypatch, models["llama"], data, out, *saving)
+    out, saves = tmp_path / "out", ("--save_strategy", "steps", "--save_steps", "2")
+    run(monkeypatch, models["llama"], data, out, *saves)
     whole = out / "checkpoint-4"
-    checkpoint.check_whole(str(whole))
+    saving.check_whole(str(whole))
     for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
         cut = tmp_path / f"cut-{name}"
         shutil.copytree(whole, cut)
@@ -472,7 +471,7 @@ def test_sigterm_after_the_last_step_waits_for_the_model(models, data, tmp_path,
 
 def test_full_disk_is_told_in_one_line_and_leaves_the_last_good_checkpoint(models, data, tmp_path, monkeypatch):
     """A limit on the size of files, which the second save meets: once in the weights, once in the optimizer's state."""
-    out, saving = tmp_path / "out", ("--save_strategy", "steps", "--save_steps", "2")
+    out, saves = tmp_path / "out", ("--save_strategy", "steps", "--save_steps", "2")
     no_more = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     save = train.AlpacaTrainer._save_checkpoint
@@ -486,10 +485,10 @@ def test_full_disk_is_told_in_one_line_and_leaves_the_last_good_checkpoint(model
         monkeypatch.setattr(train.AlpacaTrainer, "_save_checkpoint", save_until_full)
         try:
             with pytest.raises(UserError, match=rf"cannot save .* free \(.*\)\. The last good .*{name}/checkpoint-2$"):
-                run(monkeypatch, models["llama"], data, out / name, *saving)
+                run(monkeypatch, models["llama"], data, out / name, *saves)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        checkpoint.check_whole(str(out / name / "checkpoint-2"))
+        saving.check_whole(str(out / name / "checkpoint-2"))
     signal.signal(signal.SIGXFSZ, no_more)
 
 
@@ -592,7 +591,7 @@ def test_lora_learns_and_merges_to_equal_logits(models, data, tmp_path, monkeypa
     monkeypatch.setattr(model_loading, "verify", lambda folder, *shapes: [] / 0)
     with pytest.raises(TypeError):
         lora.merge(str(out), str(tmp_path / "broken"))
-    assert os.listdir(tmp_path / "broken") == [checkpoint.STAGING], "what was not read back looks like no model"
+    assert os.listdir(tmp_path / "broken") == [saving.STAGING], "what was not read back looks like no model"
 
 
 def test_checkpoint_that_was_not_saved_right_is_not_passed_as_done(models, tmp_path):
@@ -753,9 +752,9 @@ def test_torchruns_report_ends_with_what_went_wrong(root):
 def test_known_flags_are_the_parsers(root):
     from transformers import HfArgumentParser
 
-    import flags
+    from alpaca.training import arguments
 
-    own, inherited = flags.known_flags(os.path.join(root, "train.py"))
+    own, inherited = arguments.known_flags(os.path.join(root, "train.py"))
     parser = HfArgumentParser((train.ModelArguments, train.DataArguments, train.TrainingArguments))
     assert {*own, *inherited} == {action.dest for action in parser._actions} - {"help"}
 
@@ -773,11 +772,11 @@ def test_folder_of_a_run_at_work_is_left_alone(models, data, tmp_path, monkeypat
     out, train_it = tmp_path / "out", train.AlpacaTrainer.train
 
     def start_another(self, **kwargs):
-        (out / checkpoint.STAGING).mkdir()
+        (out / saving.STAGING).mkdir()
         monkeypatch.setattr(train.AlpacaTrainer, "train", train_it)
         with pytest.raises(UserError, match=r"another run is writing .*out; wait for it, or"):
             run(monkeypatch, models["llama"], data, out, "--overwrite_output_dir", "True")
-        assert (out / checkpoint.STAGING).is_dir(), "the other run's save goes on"
+        assert (out / saving.STAGING).is_dir(), "the other run's save goes on"
         return train_it(self, **kwargs)
 
     monkeypatch.setattr(train.AlpacaTrainer, "train", start_another)
@@ -837,7 +836,7 @@ def test_lora_in_bfloat16_learns_what_float32_learns(models, data, tmp_path, mon
     """Frozen weights in bfloat16, adapters in float32, under autocast, with dropout and without."""
     more = ("--lora_r", "4", "--lora_dropout", "0", "--padding_free", "false")
     exact = run(monkeypatch, models["llama"], data, tmp_path / "float32", *more)
-    monkeypatch.setattr(sharding, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(sharding_module, "has_bfloat16", lambda: True)
     seen = set()
     linear = torch.nn.functional.linear
 
@@ -887,18 +886,18 @@ def test_evaluation_without_data_is_said_and_left_out(models, data, tmp_path, mo
 # Estimates
 
 
-LLAMA_7B = resources.ModelShape(6_738e6, 6_738e6, 6_607e6, 202e6, 4096, 32, 32001, 46 * 4096)
-LLAMA_7B_LORA = resources.replace(LLAMA_7B, trainable=40e6, kept=67 * 4096)
+LLAMA_7B = memory_estimate.ModelShape(6_738e6, 6_738e6, 6_607e6, 202e6, 4096, 32, 32001, 46 * 4096)
+LLAMA_7B_LORA = memory_estimate.replace(LLAMA_7B, trainable=40e6, kept=67 * 4096)
 
 
 def test_7b_needs_what_the_original_needed():
-    plan = resources.Plan("fsdp", world=4, local=4, batch=4, length=512, half=True)
-    device, host = resources.estimate(LLAMA_7B, plan)
+    plan = memory_estimate.Plan("fsdp", world=4, local=4, batch=4, length=512, half=True)
+    device, host = memory_estimate.estimate(LLAMA_7B, plan)
     assert 25 < (6738e6 * 16 / 4) / 2**30 < device / 2**30 < 40, "4 A100s of 80 GB held it, with room"
     assert host == 4 * 6738e6, "one rank loads the float32 weights"
-    alone, _ = resources.estimate(LLAMA_7B, resources.Plan("none", 1, 1, 4, 512, half=True))
+    alone, _ = memory_estimate.estimate(LLAMA_7B, memory_estimate.Plan("none", 1, 1, 4, 512, half=True))
     assert alone / 2**30 > 100
-    stepping, _ = resources.estimate(LLAMA_7B, resources.Plan("none", 1, 1, 4, 512, half=True, scratch=4))
+    stepping, _ = memory_estimate.estimate(LLAMA_7B, memory_estimate.Plan("none", 1, 1, 4, 512, half=True, scratch=4))
     assert stepping == 6738e6 * (16 + 4), "the roots of the second moments outweigh the activations, freed by then"
 
 
@@ -915,9 +914,9 @@ def test_memory_table_of_the_readme_is_the_estimate(root, memory):
     ways = ("none", "fsdp", "offload", "zero3_offload", "none")
     found = []
     for (label, *_), way in zip(rows, ways, strict=True):
-        plan = resources.Plan(way, 4, 4, 4, 512, half=True, scratch=4)
+        plan = memory_estimate.Plan(way, 4, 4, 4, 512, half=True, scratch=4)
         model = memory.make_model(memory.LLAMA_7B, True, 16 if "lora" in label else 0)
-        found.append(resources.estimate(resources.model_shape(model, plan), plan))
+        found.append(memory_estimate.estimate(memory_estimate.model_shape(model, plan), plan))
     assert [(int(a), int(b)) for _, a, b in rows] == [(round(a / 2**30), round(b / 2**30)) for a, b in found]
 
 
@@ -939,26 +938,26 @@ def test_estimate_is_what_a_step_holds_at_most(memory, model, sharding, world, c
     config = {**getattr(memory, model), "num_hidden_layers": 4}
     settings = {"batch": 8, "length": 512, "half": True, "scratch": 4, **changes}
     lora_r = settings.pop("lora_r", 0)
-    plan = resources.Plan(sharding, world, world, **settings)
-    shape = resources.model_shape(memory.make_model(config, plan.half, lora_r), plan)
-    assert 0.95 < resources.estimate(shape, plan)[0] / memory.count_step(config, plan, lora_r) < 1.1
+    plan = memory_estimate.Plan(sharding, world, world, **settings)
+    shape = memory_estimate.model_shape(memory.make_model(config, plan.half, lora_r), plan)
+    assert 0.95 < memory_estimate.estimate(shape, plan)[0] / memory.count_step(config, plan, lora_r) < 1.1
 
 
 def test_layer_that_cannot_be_counted_is_estimated_in_silence(memory, caplog):
     """Experts' grouped matmuls know no float32 on tensors without data."""
     experts = {"model_type": "mixtral", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
     experts |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
-    plan = resources.Plan("none", 1, 1, 4, 512, half=False)
-    kept = resources.bytes_kept(memory.make_model(experts, False, 0), plan)
+    plan = memory_estimate.Plan("none", 1, 1, 4, 512, half=False)
+    kept = memory_estimate.bytes_kept(memory.make_model(experts, False, 0), plan)
     assert 34 * 32 < kept < 200 * 32
     assert not caplog.records
 
 
 def test_recipe_that_fits_is_named():
-    gib, plan = 2**30, resources.Plan("none", world=4, local=4, batch=4, length=512, half=True)
+    gib, plan = 2**30, memory_estimate.Plan("none", world=4, local=4, batch=4, length=512, half=True)
 
     def advice(device: int, host: int) -> str:
-        return resources.fitting_recipe(LLAMA_7B, LLAMA_7B_LORA, plan, device * gib, host * gib)
+        return memory_estimate.fitting_recipe(LLAMA_7B, LLAMA_7B_LORA, plan, device * gib, host * gib)
 
     assert advice(80, 500).startswith('--fsdp "full_shard auto_wrap" fits')
     assert advice(16, 500).startswith('--fsdp "full_shard auto_wrap offload" fits')
@@ -968,17 +967,17 @@ def test_recipe_that_fits_is_named():
 
 def test_too_little_memory_is_refused_before_weights_load(models, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_model", None)
-    monkeypatch.setattr(resources, "host_memory", lambda: 2**20)
+    monkeypatch.setattr(memory_estimate, "host_memory", lambda: 2**20)
     with pytest.raises(UserError, match=r"memory: about .* MiB for 1 process\(es\), 1.0 MiB free: too little\. "):
         run(monkeypatch, models["llama"], data, tmp_path / "out")
 
 
 def test_too_little_disk_is_refused_before_weights_load(models, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_model", None)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20}))
-    saving = ("--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "1")
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20}))
+    saves = ("--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "1")
     with pytest.raises(UserError, match=r"has 1.0 MiB free and this run needs .*2 checkpoint\(s\) of .*lower --save"):
-        run(monkeypatch, models["llama"], data, tmp_path / "out", *saving)
+        run(monkeypatch, models["llama"], data, tmp_path / "out", *saves)
 
 
 def test_folder_that_cannot_be_written_is_refused_before_weights_load(models, data, tmp_path, monkeypatch):
@@ -988,7 +987,7 @@ def test_folder_that_cannot_be_written_is_refused_before_weights_load(models, da
     def refuse(dir):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", refuse)  # tests may run as root, whom no mode stops
+    monkeypatch.setattr(saving.tempfile, "TemporaryFile", refuse)  # tests may run as root, whom no mode stops
     with pytest.raises(UserError, match=r"cannot write into .*out: Permission denied; name another --output_dir"):
         run(monkeypatch, models["llama"], data, tmp_path / "out")
 

@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import checkpoint
 from alpaca.cli import UserError
 from alpaca.ranks import say
-from checkpoint import gib
+from alpaca.training import saving
+from alpaca.training.saving import gib
 
 
 @dataclass
@@ -341,14 +341,12 @@ def check(args, skeleton, adapt: Callable | None, examples: int) -> ModelShape:
             args.activation_checkpointing = True  # what transformers 5.23 reads, and 5.17 doesn't know
     say(check_memory(shape, lora, plan, args.device))
     steps = total_steps(args, examples)
-    kept = checkpoint.saves_kept(
-        steps, args.save_strategy, args.save_steps, args.num_train_epochs, args.save_total_limit
-    )
+    kept = saving.saves_kept(steps, args.save_strategy, args.save_steps, args.num_train_epochs, args.save_total_limit)
     weights = 4 * shape.trainable
     states = (
         0 if args.save_only_model else 8 * shape.trainable + (4 * shape.trainable if args.fsdp or args.deepspeed else 0)
     )
-    say(checkpoint.check_disk(args.output_dir, weights, weights + states, kept))
+    say(saving.check_disk(args.output_dir, weights, weights + states, kept))
     return shape
 
 

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 import torch
 from transformers.trainer_utils import rotate_checkpoints
 
-import checkpoint
-import packing
-import throughput
 from alpaca import models
 from alpaca.cli import UserError
 from alpaca.ranks import say
-from resources import ModelShape
+from alpaca.training import saving, throughput
+from alpaca.training.memory import ModelShape
+from alpaca.training.packing import passes as packing_passes
 
 
 def check_labels(dataset, batch_size: int) -> None:
@@ -37,7 +36,7 @@ def check_labels(dataset, batch_size: int) -> None:
     say(found)
 
 
-class AlpacaTrainer(packing.PackedTrainer):
+class AlpacaTrainer(packing_passes.PackedTrainer):
     """The Trainer with the original's loss, saves that are whole or not there, and a stop when the loss is no number.
 
     Attributes:
@@ -58,7 +57,7 @@ class AlpacaTrainer(packing.PackedTrainer):
         # The one place that decides it. True: the Trainer divides by the tokens of the whole step, over accumulation
         # and ranks. False: each micro-batch is averaged over its own tokens, then the micro-batches over each other.
         self.model_accepts_loss_kwargs = self.args.loss_reduction == "global"
-        self.stopped, self.stop_signal = False, checkpoint.StopSignal()
+        self.stopped, self.stop_signal = False, saving.StopSignal()
         recomputes = bool(self.args.gradient_checkpointing)
         self.throughput = throughput.Throughput(shape, self.args.device, self.args.world_size, recomputes)
         self._first_step: int | None = None  # of this run, which may continue another
@@ -111,7 +110,7 @@ class AlpacaTrainer(packing.PackedTrainer):
         """
         losses = torch.stack([loss.float() for loss, *_ in self._step])
         losses = losses[-1:].expand_as(losses) if padding_free else losses
-        empty = torch.stack([(labels[:, 1:] == packing.IGNORE_INDEX).all() for _, labels, _ in self._step])
+        empty = torch.stack([(labels[:, 1:] == packing_passes.IGNORE_INDEX).all() for _, labels, _ in self._step])
         is_bad = ~losses.isfinite() | (losses == 0) | empty.to(losses.device)
         flags = torch.stack([is_bad.any(), torch.tensor(self.stop_signal.received, device=losses.device)]).int()
         if self.args.world_size > 1:
@@ -135,7 +134,7 @@ class AlpacaTrainer(packing.PackedTrainer):
             everyone: list = [None] * self.args.world_size
             torch.distributed.all_gather_object(everyone, found)
             found = [line for lines in everyone for line in lines]
-        last_good = checkpoint.last_good(self.args.output_dir)
+        last_good = saving.last_good(self.args.output_dir)
         return f"stopped at step {self.state.global_step + 1}: {'; '.join(found)}. {last_good}"
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
@@ -182,7 +181,7 @@ class AlpacaTrainer(packing.PackedTrainer):
     def _save_checkpoint(self, model, trial):
         target = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         writers = (self.is_world_process_zero(), self.is_local_process_zero())
-        staged = checkpoint.staged(target, writers, self.accelerator.wait_for_everyone)
+        staged = saving.staged(target, writers, self.accelerator.wait_for_everyone)
         with self.throughput.paused(), staged as folder:
             self._staging = os.path.dirname(folder)
             super()._save_checkpoint(model, trial)
@@ -206,11 +205,11 @@ class AlpacaTrainer(packing.PackedTrainer):
         Returns:
             How many tensors were checked; 0 on ranks that write nothing.
         """
-        staging = os.path.join(self.args.output_dir, checkpoint.STAGING)
+        staging = os.path.join(self.args.output_dir, saving.STAGING)
         self.save_model(staging)
         self.accelerator.wait_for_everyone()
         if not self.is_world_process_zero():
             return 0
         count = models.verify(staging, shapes, aliases)
-        checkpoint.publish(staging, self.args.output_dir)
+        saving.publish(staging, self.args.output_dir)
         return count

@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 
-from resources import ModelShape
+from alpaca.training.memory import ModelShape
 
 # Dense matmul peaks in FLOP/s, from the makers' data sheets: bfloat16 with float32 accumulation.
 PEAK_BF16 = {

@@ -23,7 +23,7 @@ import torch
 from transformers import Trainer
 
 from alpaca.cli import UserError
-from packed_model import Pass, install, make_layout, to_device
+from alpaca.training.packing.model import Pass, install, make_layout, to_device
 
 IGNORE_INDEX = -100
 # Decoder-only families whose every layer hands its keyword arguments down to the attention function, and whose loss is

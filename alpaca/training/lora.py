@@ -72,7 +72,7 @@ def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> N
     import transformers
 
     from alpaca.models import load_model, tensor_shapes, verify
-    from checkpoint import STAGING, publish
+    from alpaca.training.saving import STAGING, publish
 
     settings = os.path.join(adapter_dir, "adapter_config.json")
     if not os.path.isfile(settings):
