@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test lint format bench clean
 
 demo: .venv/.run
-	@$(BIN)/python demo.py
+	@$(BIN)/python -m demo
 
 test: .venv/.dev
 	$(BIN)/python -m pytest
@@ -31,7 +31,7 @@ bench: .venv/.dev
 
 .venv/.run: requirements.txt
 	@$(PYTHON) -c "" 2>/dev/null || { echo "error: $(PYTHON) does not run; name a Python 3.10 or newer: make PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) demo.py check
+	@$(PYTHON) -m demo check
 	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { echo "error: this Python has no venv module; Debian has it in python3-venv" >&2; exit 1; }
 	@echo "Making .venv and installing requirements.txt into it: minutes, the first time."
 	@$(PYTHON) -m venv .venv

@@ -1,6 +1,6 @@
 r"""Draws the training loss of a run of train.py from its trainer_state.json.
 
-python tiny_model.py make --config configs/tiny_llama.json --data_path alpaca_data.json --output_dir tiny_llama
+python -m demo.tiny_model make --config configs/tiny_llama.json --data_path alpaca_data.json --output_dir tiny_llama
 python train.py --model_name_or_path tiny_llama --data_path alpaca_data.json --output_dir tiny_alpaca \
         --num_train_epochs 1 --per_device_train_batch_size 8 --gradient_accumulation_steps 2 --learning_rate 2e-3 \
         --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --save_strategy no

@@ -20,10 +20,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import inference  # noqa: E402
-import tiny_model  # noqa: E402
 from alpaca.cli import run_cli  # noqa: E402
 from alpaca.files import jdump, jload  # noqa: E402
 from alpaca.inference import answering  # noqa: E402
+from demo import tiny_model  # noqa: E402
 
 PROMPTS = 32
 ALONE = 4  # of these one at a time, spread over all prompt lengths

@@ -59,11 +59,11 @@ def main(data_path: str | None = None, tokenizer_dir: str | None = None, records
     import tokenizers
     import transformers
 
-    import tiny_model
     import train
     from alpaca.files import jdump
     from alpaca.prompts import format_prompt
     from alpaca.records import load_examples
+    from demo import tiny_model
 
     data_path = data_path or os.path.join(ROOT, "alpaca_data.json")
     examples = load_examples(data_path)

@@ -233,9 +233,9 @@ def drawn_examples(count: int, vocab_size: int) -> list[dict]:
 
 
 def _real(job: dict, settings: dict, needed: int) -> list[dict]:
-    import tiny_model
     from alpaca import tokenizers
     from alpaca.records import load_examples
+    from demo import tiny_model
     from train import SupervisedDataset
 
     records = load_examples(job["data_path"])

@@ -104,7 +104,7 @@ def examples(root) -> list[dict]:
 def regenerated(root, tmp_path_factory):
     """The folder that the README's command writes, run against the replayed recording over HTTP."""
     folder = tmp_path_factory.mktemp("regenerated")
-    replay = [sys.executable, "recordings/replay.py", "--port", "0"]
+    replay = [sys.executable, "-m", "demo.replay", "--port", "0"]
     with subprocess.Popen(replay, cwd=root, stdout=subprocess.PIPE, text=True) as server:
         try:
             url = re.search(r"http://\S+", server.stdout.readline())[0]

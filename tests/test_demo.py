@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-import demo
+from demo import __main__ as demo_main
 
 
 def refusal(capsys, stage) -> str:
     with pytest.raises(SystemExit) as stop:
-        demo.check(stage)
+        demo_main.check(stage)
     out, err = capsys.readouterr()
     assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
     return err
@@ -31,13 +31,13 @@ def test_full_disk_is_refused_with_what_is_needed(monkeypatch, capsys):
 
 
 def test_occupied_port_is_refused_before_anything_is_removed(root, tmp_path):
-    kept = tmp_path / demo.OUTPUT / "tuned"
+    kept = tmp_path / demo_main.OUTPUT / "tuned"
     kept.mkdir(parents=True)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        command = [sys.executable, f"{root}/demo.py"]
+        command = [sys.executable, "-m", "demo"]
         done = subprocess.run(
             command, env={**os.environ, "PORT": port}, cwd=tmp_path, capture_output=True, text=True, timeout=60
         )
@@ -47,12 +47,12 @@ def test_occupied_port_is_refused_before_anything_is_removed(root, tmp_path):
 
 
 def test_ctrl_c_ends_the_demo_without_a_traceback(root, tmp_path):
-    (tmp_path / "recordings").mkdir()
-    (tmp_path / "recordings" / "replay.py").write_text("import time\ntime.sleep(3)\n")
+    shutil.copytree(f"{root}/demo", tmp_path / "demo")
+    (tmp_path / "demo" / "replay.py").write_text("import time\ntime.sleep(3)\n")
     with subprocess.Popen(
-        [sys.executable, f"{root}/demo.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "demo"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        while "replay.py" not in process.stdout.readline():
+        while "demo.replay" not in process.stdout.readline():
             pass
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == ""

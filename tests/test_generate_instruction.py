@@ -20,11 +20,11 @@ import pytest
 from openai_server import WORDS, Server, completion_for, tasks_for, unsupported
 
 import generate_instruction
-import tiny_model
 from alpaca.files import jload
 from alpaca.generation import batch_api as batch_api_module
 from alpaca.generation import spending
 from alpaca.records import load_examples
+from demo import tiny_model
 
 OUTPUTS = ("regen.json", "alpaca_data.json", "rejected.jsonl")
 SEEDS = [

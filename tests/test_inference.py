@@ -18,12 +18,12 @@ import pytest
 import torch
 
 import inference
-import tiny_model
 from alpaca.cli import UserError
 from alpaca.files import jdump, jload
 from alpaca.inference import answering, judging
 from alpaca.prompts import alpaca_chat_template, format_prompt
 from alpaca.tokenizers import load_tokenizer
+from demo import tiny_model
 
 CODE = "def add(a, b):\n    if a:\n        return a + b\n    return b"
 LESSONS = [

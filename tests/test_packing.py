@@ -548,7 +548,7 @@ def test_attention_on_a_gpu_agrees_with_float64_on_the_cpu(examples, attention):
 @pytest.fixture(scope="module")
 def trainee(root, tmp_path_factory) -> list[str]:
     """A tiny LLaMA, 40 seed tasks, and flags for steps of 12 examples, the last one of 4."""
-    import tiny_model
+    from demo import tiny_model
 
     folder = tmp_path_factory.mktemp("trainee")
     with open(os.path.join(root, "seed_tasks.jsonl"), encoding="utf-8") as file:

@@ -57,7 +57,7 @@ def cli_commands(script: str, command: str) -> dict:
 
 def check_script(words: list[str]) -> None:
     """Checks `python script.py command --flags` against the signature of what it calls."""
-    script, *arguments = [f"{words[1]}.py", *words[2:]] if words[0] == "-m" else words
+    script, *arguments = [f"{words[1].replace('.', '/')}.py", *words[2:]] if words[0] == "-m" else words
     assert os.path.isfile(os.path.join(ROOT, script)), f"no such script: {script}"
     if script == "train.py" and arguments[0] != "merge":
         check_training(arguments)

@@ -1,4 +1,4 @@
-"""recordings/replay.py, as a process, over real HTTP."""
+"""demo/replay.py, as a process, over real HTTP."""
 
 import contextlib
 import hashlib
@@ -29,7 +29,7 @@ def recording(tmp_path):
 
 
 def start(root, recording, port=0):
-    command = [sys.executable, f"{root}/recordings/replay.py", "--port", str(port), "--recording", str(recording)]
+    command = [sys.executable, "-m", "demo.replay", "--port", str(port), "--recording", str(recording)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-import tiny_model
 from alpaca.cli import UserError
+from demo import tiny_model
 
 TEXTS = ["Add 2 and 35.", "Name three rivers.", "Say “good night” in French: bonne nuit 🌙", "Tidy  up\n\tthis list."]
 
@@ -95,7 +95,7 @@ def test_wrong_settings_are_refused_and_nothing_is_written(settings, flags, comp
 def test_a_folder_that_holds_something_is_refused_in_one_line(root, data_path, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     arguments = ["--config", "configs/tiny_opt.json", "--data_path", data_path, "--output_dir", str(tmp_path)]
-    command = [sys.executable, os.path.join(root, "tiny_model.py"), "make", *arguments]
+    command = [sys.executable, "-m", "demo.tiny_model", "make", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path} is there already and not an empty folder; name a new one\n"

@@ -8,11 +8,11 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-import tiny_model
 from alpaca import tokenizers
 from alpaca.cli import UserError
 from alpaca.prompts import PROMPT_DICT, format_prompt
 from alpaca.training import data as training_data
+from demo import tiny_model
 
 IGNORE = -100
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -21,7 +21,6 @@ import sentencepiece
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import tiny_model
 import train
 from alpaca import models as model_loading
 from alpaca.cli import UserError
@@ -29,6 +28,7 @@ from alpaca.prompts import alpaca_chat_template, format_prompt
 from alpaca.training import lora, saving
 from alpaca.training import memory as memory_estimate
 from alpaca.training import sharding as sharding_module
+from demo import tiny_model
 
 BUNDLED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "alpaca_data.json")
 CONFIG = {

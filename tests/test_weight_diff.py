@@ -250,7 +250,7 @@ def tiny(tmp_path_factory, root):
     folder = tmp_path_factory.mktemp("tiny")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import tiny_model
+    from demo import tiny_model
 
     words = ["".join(random.Random(i).choices("abcdefghijklmnop", k=6)) for i in range(400)]
     examples = [{"instruction": " ".join(words[i : i + 40]), "input": "", "output": words[i]} for i in range(300)]

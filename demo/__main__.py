@@ -1,7 +1,7 @@
 """The paper's whole story at toy size, on a CPU, without a key or a download of weights: `make demo`.
 
 Generate data, fine-tune on it, publish and recover the weights as a diff, ask the recovered model. Every step is the
-script and the flags that a user would type, printed before it runs. Standard library only, so that `python demo.py
+script and the flags that a user would type, printed before it runs. Standard library only, so that `python -m demo
 check` can look at a machine before anything is installed there.
 """
 
@@ -82,7 +82,7 @@ def free_port():
 
 def start_replay(port):
     """Starts the server of recorded completions and waits until it serves; a server that cannot ends the demo."""
-    command = f"python recordings/replay.py --port {port}"
+    command = f"python -m demo.replay --port {port}"
     print(f"\n$ {command} &", flush=True)
     server = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], stdout=subprocess.PIPE, text=True)
     line = server.stdout.readline()
@@ -122,7 +122,8 @@ def fine_tune(port):
         "A tiny LLaMA with random weights and a tokenizer trained on the data: it can learn these answers by heart,\n"
         "    and nothing else. The flags are the paper's; model, batch, epochs and learning rate are toy-sized.",
     )
-    run(f"python tiny_model.py make --config configs/tiny_llama.json --data_path alpaca_data.json --output_dir {RAW}")
+    sizes = "--config configs/tiny_llama.json --data_path alpaca_data.json"
+    run(f"python -m demo.tiny_model make {sizes} --output_dir {RAW}")
     run(
         f"torchrun --nproc_per_node=2 --master_port={port} train.py --model_name_or_path {RAW} --data_path {DATA} "
         f"--bf16 True --output_dir {TUNED} --num_train_epochs 24 --per_device_train_batch_size 2 "

@@ -1,6 +1,6 @@
 """Makes a tiny checkpoint with random weights, to try every step of the pipeline without a download or a GPU.
 
-    python tiny_model.py make --config configs/tiny_llama.json --data_path alpaca_data.json --output_dir tiny_llama
+    python -m demo.tiny_model make --config configs/tiny_llama.json --data_path alpaca_data.json --output_dir tiny_llama
 
 The tokenizer is trained on the data: sentencepiece BPE with byte fallback for LLaMA, byte-level BPE for OPT, the files
 as the original checkpoints carry them. The model knows nothing until `train.py` has taught it.

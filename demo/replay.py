@@ -1,6 +1,6 @@
 """Serves recorded completions as an OpenAI-compatible server would, so that a run can be repeated without a key.
 
-    python recordings/replay.py --port 8765
+    python -m demo.replay --port 8765
     python -m generate_instruction generate_instruction_following_data --seed 0 --base_url http://127.0.0.1:8765/v1
 
 A prompt is looked up by its SHA-256 and answered with the completion that was recorded for it, at once, for nothing.
@@ -14,7 +14,7 @@ import json
 import pathlib
 import sys
 
-RECORDING = pathlib.Path(__file__).with_name("completions.jsonl")
+RECORDING = pathlib.Path(__file__).parent.parent / "recordings" / "completions.jsonl"
 MODEL = "recorded"
 
 

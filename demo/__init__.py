@@ -1,0 +1,1 @@
+"""The paper's whole story at toy size: `python -m demo`, or `make demo`."""
