@@ -28,8 +28,8 @@ from alpaca.generation.dedup import RougePool
 from alpaca.generation.dispatch import Run, ask_live
 from alpaca.generation.harvest import KEYWORDS, Harvest, Rules, tasks_of
 from alpaca.generation.progress import Progress, closing_table, table
+from alpaca.generation.requests import RequestJournal, read_requests
 from alpaca.generation.spending import Spending, find_prices
-from alpaca.journal import Journal, read_journal
 from alpaca.records import check_text, load_examples, load_records
 
 # What --dry_run assumes of an answer, before there are any: of 17 tasks asked for most are kept.
@@ -253,7 +253,7 @@ def generate_instruction_following_data(
 
     progress = Progress()
     client = Client(base_url, api, max_retries, request_timeout, progress.log)
-    with _writing_to(output_dir), Journal(os.path.join(output_dir, "requests.jsonl")) as journal:
+    with _writing_to(output_dir), RequestJournal(output_dir) as journal:
         batch = os.path.join(output_dir, "batch.json")
         if os.path.exists(batch) and not batch_api:
             raise UserError(f"{batch} is a batch under way, paid for already; go on with --batch_api, or delete it")
@@ -324,7 +324,7 @@ def _writing_to(output_dir: str) -> Iterator[None]:
         ) from error
 
 
-def _files_found(output_dir: str, journal: Journal) -> tuple[list[dict[str, Any]], str]:
+def _files_found(output_dir: str, journal: RequestJournal) -> tuple[list[dict[str, Any]], str]:
     """Files that lay in the output folder before the first answer aren't overwritten.
 
     Returns:
@@ -393,7 +393,7 @@ def replay(
         max_words: of an instruction.
         keywords: comma-separated; an instruction with one of them is dropped.
     """
-    records, _ = read_journal(journal_path)
+    records = read_requests(journal_path)
     if not records:
         raise UserError(f"{journal_path} holds no answers")
     if os.path.realpath(output_dir) == os.path.dirname(os.path.realpath(journal_path)):

@@ -19,9 +19,9 @@ import os
 import sys
 from typing import Any
 
-from alpaca.cli import UserError, run_cli
+from alpaca.cli import UserError, run_cli, say
 from alpaca.files import atomic_write, jdump
-from alpaca.inference.answering import Alpaca, load, say
+from alpaca.inference.answering import Alpaca, load
 from alpaca.records import check_text, load_examples
 
 
@@ -298,7 +298,7 @@ def compare(a: str, b: str, output: str, seed: int = 42, page: bool = False, por
         from alpaca.inference import pages
 
         pages.check_port("127.0.0.1", port)
-    journal = judging.Journal(output, *judging.load_pairs(a, b, seed))
+    journal = judging.Verdicts(output, *judging.load_pairs(a, b, seed))
     if page:
         pages.serve(pages.build_judging(journal), "127.0.0.1", port, share=False)
         print(journal.summary())

@@ -35,7 +35,7 @@ from transformers.trainer_utils import IntervalStrategy, set_seed
 from alpaca import models, tokenizers
 from alpaca.cli import run_cli
 from alpaca.prompts import PROMPT_DICT, alpaca_chat_template
-from alpaca.ranks import is_main, say
+from alpaca.ranks import announce, is_main
 from alpaca.tokenizers import (
     DEFAULT_BOS_TOKEN,
     DEFAULT_EOS_TOKEN,
@@ -180,7 +180,7 @@ def parse_arguments(argv: Sequence[str] | None = None):
     arguments.check_values(model_args, data_args, args)
     asked = args.eval_strategy != "no" or args.eval_on_start
     if asked and not (data_args.eval_data_path or data_args.eval_fraction):
-        say(f"--eval_strategy {args.eval_strategy.value}: no --eval_data_path or --eval_fraction; not evaluating")
+        announce(f"--eval_strategy {args.eval_strategy.value}: no --eval_data_path or --eval_fraction; not evaluating")
         args.eval_strategy, args.do_eval, args.eval_on_start = IntervalStrategy.NO, False, False
     return model_args, data_args, args
 
@@ -325,7 +325,7 @@ def load_skeleton(model_args: ModelArguments, args: TrainingArguments):
     if longest and args.model_max_length > longest:
         raise UserError(f"--model_max_length {args.model_max_length} exceeds the model's {longest} positions")
     for note in notes:
-        say(note)
+        announce(note)
     tokenizer.add_special_tokens(tokenizers.special_tokens_to_add(tokenizer, may_grow=not model_args.lora_r))
     tokenizer.chat_template = alpaca_chat_template(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
     config.vocab_size = max(config.vocab_size, len(tokenizer))
@@ -338,12 +338,12 @@ def describe_data(data: Mapping, tokenizer) -> None:
     dataset, limit = data["train_dataset"], tokenizer.model_max_length
     tokens, learned = sum(map(len, dataset.input_ids)), sum(int((x != IGNORE_INDEX).sum()) for x in dataset.labels)
     held_out = f", {len(data['eval_dataset']):,} to evaluate on" if data["eval_dataset"] else ""
-    say(f"data: {len(dataset):,} examples{held_out}; {tokens:,} tokens, {learned:,} of them learned")
+    announce(f"data: {len(dataset):,} examples{held_out}; {tokens:,} tokens, {learned:,} of them learned")
     if dataset.truncated:
-        say(f"{dataset.truncated} example(s) longer than {limit} tokens are cut: they don't teach the model to stop")
+        announce(f"{dataset.truncated} example(s) longer than {limit} tokens are cut: they don't teach it to stop")
     ids, is_prompt = dataset.input_ids[0], dataset.labels[0] == IGNORE_INDEX
     prompt, answer = tokenizer.decode(ids[is_prompt]), tokenizer.decode(ids[~is_prompt])
-    say(f"--- record {dataset.records[0]}, prompt (not learned):\n{prompt}\n--- answer (learned):\n{answer}\n---")
+    announce(f"--- record {dataset.records[0]}, prompt (not learned):\n{prompt}\n--- answer (learned):\n{answer}\n---")
 
 
 def load_model(model_args: ModelArguments, args: TrainingArguments, tokenizer, config):
@@ -357,12 +357,12 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, tokenizer, c
     else:
         model = models.load_model(model_args.model_name_or_path, dtype, args.cache_dir)
     rows = smart_tokenizer_and_embedding_resize({}, tokenizer, model)
-    say(f"padding: {tokenizer.pad_token}" + (", a new token; its row is the mean of the others" if rows else ""))
+    announce(f"padding: {tokenizer.pad_token}" + (", a new token; its row is the mean of the others" if rows else ""))
     for config in (model.config, model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
     if model_args.lora_r:
         model = model_args.adapt(model)
-        say(f"LoRA on {', '.join(lora.target_names(model))}")
+        announce(f"LoRA on {', '.join(lora.target_names(model))}")
     return model
 
 
@@ -381,7 +381,7 @@ def train() -> None:
     dropout = model_args.lora_dropout if model_args.lora_r else 0.0
     packed, shared, why_not = passes.choose(skeleton.config, args.padding_free, args.shared_prefix, dropout, args.n_gpu)
     if why_not:
-        say(why_not)
+        announce(why_not)
     with args.main_process_first(local=True):
         data = make_supervised_data_module(tokenizer, data_args, args.seed)
     describe_data(data, tokenizer)
@@ -394,7 +394,7 @@ def train() -> None:
         steps = memory.total_steps(args, len(data["train_dataset"]))
         saving.check_same_run(resume, skeleton.config, model_args.lora_r, args, steps)
     if choice := memory.choose_resharding(shape, args, packed):
-        say(choice)
+        announce(choice)
     tokens = memory.tokens_per_pass(shape, args)
 
     set_seed(args.seed)
@@ -402,7 +402,7 @@ def train() -> None:
     shapes = lora.adapter_shapes(model) if model_args.lora_r else models.tensor_shapes(skeleton)
     trainer = AlpacaTrainer(model=model, args=args, processing_class=tokenizer, shape=shape, **data)
     if packed:
-        say(trainer.pack(args.max_tokens_per_pass or tokens, shared))
+        announce(trainer.pack(args.max_tokens_per_pass or tokens, shared))
     if packed_model.choose_kernels(args, packed):
         packed_model.compile_layers(model)
     # SIGTERM waits also while the model is saved, which may be the first save of the run.
@@ -411,17 +411,19 @@ def train() -> None:
         trainer.train(resume_from_checkpoint=resume)
         if trainer.stopped:
             last = saving.last_checkpoint(args.output_dir)
-            say(f"SIGTERM: stopped and saved {last}; the same command with --resume_from_checkpoint True continues")
+            announce(
+                f"SIGTERM: stopped and saved {last}; the same command with --resume_from_checkpoint True continues"
+            )
             raise SystemExit(143)
         trainer.save_state()
         tensors = trainer.save_verified(*shapes)
-    say(throughput.closing_table(trainer.state, trainer.throughput))
-    say(f"{args.output_dir}: {tensors} tensors saved and read back, all there, of their shapes, finite")
+    announce(throughput.closing_table(trainer.state, trainer.throughput))
+    announce(f"{args.output_dir}: {tensors} tensors saved and read back, all there, of their shapes, finite")
     if data["eval_dataset"] is not None:
         trainer.log_metrics("eval", trainer.evaluate())
         trainer.save_state()
     if model_args.lora_r:
-        say(f"merge the adapter: python train.py merge --adapter_dir {args.output_dir} --output_dir MERGED")
+        announce(f"merge the adapter: python train.py merge --adapter_dir {args.output_dir} --output_dir MERGED")
 
 
 def main() -> None:

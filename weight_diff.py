@@ -14,13 +14,14 @@ raw + diff doesn't give back to the bit, and `weight_diff.json`, the sha256 of e
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 from alpaca.cli import UserError, run_cli
+from alpaca.models import host_memory, load_model
 from alpaca.prompts import format_prompt
+from alpaca.tokenizers import load_tokenizer
 from alpaca.weight_diff.checkpoint_files import DTYPES, Checkpoint, Output, Tensor, plan_output, read_checkpoint
 from alpaca.weight_diff.corrections import CorrectionReader, CorrectionSpool, CorrectionWriter, read_corrections
 from alpaca.weight_diff.manifest import (
@@ -315,10 +316,8 @@ class Recovered:
     def load(self) -> tuple[Any, Any]:
         """Loads model and tokenizer, once."""
         if self._loaded is None:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-
-            model = AutoModelForCausalLM.from_pretrained(self.path, dtype="auto").to(self._device)
-            self._loaded = model, AutoTokenizer.from_pretrained(self.path)
+            model = load_model(self.path, "auto", device=self._device)
+            self._loaded = model, load_tokenizer(self.path)[0]
         return self._loaded
 
     def answer(self) -> None:
@@ -329,7 +328,7 @@ class Recovered:
             return
         try:
             model, tokenizer = self.load()
-        except (OSError, ValueError, RuntimeError, AssertionError, ImportError) as error:  # the weights are there
+        except (UserError, AssertionError, ImportError) as error:  # the weights are there
             print(f"no test inference: {' '.join(str(error).split())[:300]}")
             return
         prompt = format_prompt({"instruction": "List three technologies that make life easier."})
@@ -341,18 +340,10 @@ class Recovered:
         files = list(os.scandir(self.path))
         if not any(file.name.startswith(("tokenizer", "vocab")) for file in files):
             return f"{self.path} has no tokenizer"
-        size, free = sum(file.stat().st_size for file in files), _free_memory()
+        size, free = sum(file.stat().st_size for file in files), host_memory()
         if size * 1.2 > free:
             return f"the model takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free"
         return None
-
-
-def _free_memory() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return int(re.search(r"MemAvailable:\s+(\d+)", file.read())[1]) * 1024
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _naive_integrity(total: float, diff: Checkpoint) -> str:

@@ -59,6 +59,11 @@ def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> Non
         sys.exit(130)
 
 
+def say(message: str) -> None:
+    """Prints a message to stderr, where it doesn't mix with results."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def _print_help(commands: dict[str, Callable], *command: str) -> NoReturn:
     try:
         import fire

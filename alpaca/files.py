@@ -65,6 +65,34 @@ def _refusing(path: str, only_full_disk: bool = False) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror}; what stood there before is unchanged") from error
 
 
+def lock(descriptor: int, path: str, flag: str) -> None:
+    """Keeps other runs out of a file or folder until its descriptor is closed, which a killed process does too.
+
+    Args:
+        descriptor: Of the open file or folder.
+        path: Its name, for the message.
+        flag: The flag that names another place.
+
+    Raises:
+        UserError: Another run holds it.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing {path}; wait for it, or name another {flag}") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def size_text(size: float) -> str:
+    """Writes a number of bytes for people, such as 1.5 GiB or 12.0 MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
 def nearest_existing(path: str) -> str:
     """Gets the deepest part of a path that is there: itself, or the nearest folder above it."""
     path = os.path.abspath(path)

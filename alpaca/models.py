@@ -2,36 +2,60 @@
 
 import glob
 import os
+from typing import Any
 
 from alpaca.cli import UserError
 
 
-def load_model(name_or_path: str, dtype, cache_dir: str | None = None):
+def load_model(name_or_path: str, dtype: Any, cache_dir: str | None = None, device: str | None = None):
     """Loads a causal language model, all of it: transformers would make up the weights that its files lack.
 
     Args:
-        name_or_path: a folder or a Hub id.
-        dtype: of the weights in memory.
-        cache_dir: where downloads go.
+        name_or_path: A folder or a Hub id.
+        dtype: Of the weights in memory; "auto" takes the checkpoint's.
+        cache_dir: Where downloads go.
+        device: Where the weights go; the host's memory when None.
 
     Raises:
-        UserError: files are missing or broken, or a tensor is, or has another shape than the config says.
+        UserError: There is no such model, files are missing or broken, or a tensor is, or has another shape than the
+            config says.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    placement = {"device_map": {"": device}} if device else {}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            name_or_path, cache_dir=cache_dir, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            name_or_path,
+            cache_dir=cache_dir,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **placement,
         )
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot load {name_or_path}: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        asked = "" if os.path.exists(name_or_path) else "there is no such folder, and the Hub was asked in vain; "
+        raise UserError(f"cannot load {name_or_path}: {asked}{' '.join(str(error).split())[:300]}") from error
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise UserError(f"{name_or_path}: {name} has shape {tuple(found)}, its config.json says {tuple(expected)}")
     if missing := sorted(info["missing_keys"]):
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(f"{name_or_path} lacks {len(missing)} tensor(s) that its config.json asks for: {names}")
     return model
+
+
+def host_memory(total: bool = False) -> int:
+    """Gets the memory that this machine, or this container, has free for us, or in all; in bytes."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    found = memory.total if total else memory.available
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
+            text = limit.read().strip()
+            return found if text == "max" else min(found, int(text) - (0 if total else int(current.read())))
+    except (OSError, ValueError):
+        return found
 
 
 def tensor_shapes(model) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

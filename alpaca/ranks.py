@@ -13,7 +13,7 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(line: str) -> None:
+def announce(line: str) -> None:
     """Prints a line, once for all ranks."""
     if is_main():
         print(line, flush=True)

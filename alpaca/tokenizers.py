@@ -26,7 +26,7 @@ RESERVED_FOR_PADDING = (
 )
 
 
-def load_tokenizer(name_or_path: str, model_max_length: int, cache_dir: str | None = None):
+def load_tokenizer(name_or_path: str, model_max_length: int | None = None, cache_dir: str | None = None):
     """Loads a tokenizer and mends what transformers 5 breaks in LLaMA's.
 
     - Empty-string special tokens of old conversions become LLaMA's own.
@@ -36,7 +36,7 @@ def load_tokenizer(name_or_path: str, model_max_length: int, cache_dir: str | No
 
     Args:
         name_or_path: a folder or a Hub id.
-        model_max_length: tokens per example; longer ones are cut.
+        model_max_length: tokens per example, longer ones are cut; the tokenizer's own when None.
         cache_dir: where downloads go.
 
     Returns:
@@ -44,7 +44,9 @@ def load_tokenizer(name_or_path: str, model_max_length: int, cache_dir: str | No
     """
     from transformers import AutoTokenizer
 
-    settings = dict(model_max_length=model_max_length, padding_side="right", cache_dir=cache_dir)
+    settings = dict(padding_side="right", cache_dir=cache_dir)
+    if model_max_length is not None:
+        settings["model_max_length"] = model_max_length
     spm_file = _find_file(name_or_path, "tokenizer.model", cache_dir)
     proto = _read_sentencepiece(spm_file) if spm_file else None
     config = _tokenizer_config(name_or_path, cache_dir) if proto else {}

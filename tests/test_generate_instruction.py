@@ -385,7 +385,7 @@ def test_a_damaged_journal_is_refused_by_line(folder, server, capsys, damage, sa
 
 
 def test_two_runs_do_not_write_one_journal(folder, server, capsys):
-    with generate_instruction.Journal("out/requests.jsonl"):
+    with generate_instruction.RequestJournal("out"):
         assert "another run is writing" in fails(capsys, server)
 
 

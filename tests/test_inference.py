@@ -371,7 +371,10 @@ MISTAKES = {
     "no config": (lambda f: os.unlink(f / "config.json"), "has no config.json; expected a model's folder"),
     "inner folder": (hide_in_checkpoint, "did you mean .*checkpoint-20"),
     "no EOS": (no_eos, "the tokenizer has no EOS token"),
-    "missing tensor": (lose_tensor, "lacks 1 of the model's tensors, model.layers.1.mlp.up_proj.weight"),
+    "missing tensor": (
+        lose_tensor,
+        r"lacks 1 tensor\(s\) that its config.json asks for: model.layers.1.mlp.up_proj.weight",
+    ),
     "other tokenizer": (add_tokens, "the tokenizer has 421 tokens, the model 420 rows"),
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 1000), "cannot load"),
     "no weights": (lambda f: os.unlink(f / "model.safetensors"), "cannot load"),
@@ -586,8 +589,8 @@ def test_compare_is_blind_resumable_and_counts(root, outputs):
 def test_judgements_of_other_answers_are_refused(root, outputs, tmp_path):
     compare(root, outputs, "1" * 8)
     pairs, names = judging.load_pairs(outputs[1], outputs[0], seed=42)
-    with pytest.raises(UserError, match="line 1 is no judgement of these answers"):
-        judging.Journal(outputs[2], pairs, names)
+    with pytest.raises(UserError, match="line 1: not a judgement of these answers"):
+        judging.Verdicts(outputs[2], pairs, names)
     for kind, text in (
         ("list", json.dumps([{"key": 1}], indent=1)),
         ("line", '{"instruction": 1}'),
@@ -595,7 +598,7 @@ def test_judgements_of_other_answers_are_refused(root, outputs, tmp_path):
     ):
         (tmp_path / kind).write_text(text)
         with pytest.raises(UserError, match="name another --output"):
-            judging.Journal(str(tmp_path / kind), pairs, names)
+            judging.Verdicts(str(tmp_path / kind), pairs, names)
         assert (tmp_path / kind).read_text() == text
     jdump([{"instruction": "q", "output": "\ud83d"}], str(tmp_path / "half.json"))
     with pytest.raises(UserError, match="record 0: 'output' is no text"):

@@ -677,7 +677,7 @@ def test_a_diff_says_that_it_is_no_model(pair):
 
 
 def test_model_that_does_not_fit_in_memory_is_not_asked(pair, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(weight_diff, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(weight_diff, "host_memory", lambda: 1000)
     weight_diff.recover(pair[0], pair[2], str(tmp_path / "out"))
     assert "no test inference: the model takes" in capsys.readouterr().out
 

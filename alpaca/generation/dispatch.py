@@ -13,8 +13,8 @@ from typing import Any
 from alpaca.cli import UserError
 from alpaca.client import Client, Completion
 from alpaca.generation.harvest import Harvest
+from alpaca.generation.requests import RequestJournal
 from alpaca.generation.spending import Spending
-from alpaca.journal import Journal
 
 DRY_ROUNDS = 5  # rounds without a kept task after which a run stops
 _SECONDS_BETWEEN_SAVES = 30.0
@@ -44,7 +44,7 @@ class Run:
 
     prompts: Any
     harvest: Harvest
-    journal: Journal
+    journal: RequestJournal
     spending: Spending
     model: str
     parameters: dict[str, Any]

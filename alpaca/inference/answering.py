@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from alpaca.cli import UserError
+from alpaca.cli import UserError, say
 from alpaca.files import jload
+from alpaca.models import host_memory, load_model
 from alpaca.prompts import format_prompt
 from alpaca.records import check_text
 from alpaca.tokenizers import load_tokenizer
@@ -20,11 +21,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 # In another batch, float32 matrix products round differently, and two tokens that nearly tie may change places. Nearly:
 # the best token's lead is below this share of the largest logit. benchmarks/inference.py measures what rounding does.
 TIE = 1e-5
-
-
-def say(message: str) -> None:
-    """Prints a message where it doesn't mix with answers."""
-    print(message, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,8 +80,7 @@ def pick_dtype(dtype: str | None, device: str, parameters: int) -> Any:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if device != "cpu":
         return torch.float16
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return torch.float32 if 4 * parameters < 0.9 * memory else torch.bfloat16
+    return torch.float32 if 4 * parameters < 0.9 * host_memory(total=True) else torch.bfloat16
 
 
 def load(model_path: str, device: str | None = None, dtype: str | None = None) -> "Alpaca":
@@ -106,14 +101,12 @@ def load(model_path: str, device: str | None = None, dtype: str | None = None) -
     base = _base_of_adapter(adapter) if os.path.exists(adapter) else model_path
     try:
         with contextlib.redirect_stdout(sys.stderr):  # libraries log to stdout when they are first imported
-            model, missing = _load_model(base, device, dtype)
+            model = _load_model(base, device, dtype)
         own = os.path.exists(os.path.join(model_path, "tokenizer_config.json"))
         tokenizer, _ = load_tokenizer(model_path if own else base, model_max_length=_context(model.config))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         asked = "" if os.path.exists(base) else "there is no such folder, and the Hub was asked in vain; "
         raise UserError(f"cannot load {base}: {asked}{' '.join(str(error).split())[:300]}") from error
-    if missing:  # transformers fills them with random numbers and goes on: the gibberish that users report
-        raise UserError(f"{base} lacks {len(missing)} of the model's tensors, {missing[0]} first; copy it again")
     if os.path.exists(adapter):
         model = _with_adapter(model, model_path, len(tokenizer))
     alpaca = Alpaca(model.eval(), tokenizer, model_path)
@@ -121,8 +114,8 @@ def load(model_path: str, device: str | None = None, dtype: str | None = None) -
     return alpaca
 
 
-def _load_model(path: str, device: str | None, dtype: str | None) -> tuple[Any, list[str]]:
-    """Loads the weights; gives the model and the names of the tensors that were not there."""
+def _load_model(path: str, device: str | None, dtype: str | None) -> Any:
+    """Loads the weights in the type that fits, quietly."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
@@ -133,12 +126,10 @@ def _load_model(path: str, device: str | None, dtype: str | None) -> tuple[Any, 
     device = pick_device(device)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).num_parameters()
-    model, report = AutoModelForCausalLM.from_pretrained(
-        path, dtype=pick_dtype(dtype, device, parameters), device_map={"": device}, output_loading_info=True
-    )
+    model = load_model(path, pick_dtype(dtype, device, parameters), device=device)
     # What the checkpoint says about sampling would fill whatever a command leaves open; only its ends of text count.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    return model, sorted(report["missing_keys"])
+    return model
 
 
 def _context(config: Any) -> int:

@@ -3,17 +3,17 @@
 import hashlib
 import json
 import math
-import os
 import random
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from alpaca.cli import UserError
+from alpaca.journal import Format, Journal
 from alpaca.records import check_text, load_records
 
 Z_95 = 1.959964  # the normal distribution's 97.5 % point
 CHOICES = ("a", "b", "tie")
-LINE_START = b'{"key": "'
 
 
 @dataclass(frozen=True)
@@ -78,40 +78,17 @@ def load_pairs(a: str, b: str, seed: int) -> tuple[list[Pair], dict[str, str]]:
     return pairs, dict(zip("ab", names, strict=True))
 
 
-def _parse(line: bytes) -> dict:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-class Journal:
-    """The judgements made so far, one JSON object a line, each on disk before the next pair is shown."""
+class Verdicts(Journal):
+    """The judgements made so far, each on the disk before the next pair is shown."""
 
     def __init__(self, path: str, pairs: list[Pair], names: dict[str, str]):
-        self.path, self.names = path, names
-        self.verdicts: dict[str, str] = {}
-        self._read({pair.key for pair in pairs})
-        self.waiting = [pair for pair in pairs if pair.key not in self.verdicts]
+        self.names, known = names, {pair.key for pair in pairs}
 
-    def _read(self, known: set[str]) -> None:
-        """Reads earlier verdicts; a last line that was cut off in writing is dropped, any other file left alone."""
-        if not os.path.exists(self.path):
-            return
-        with open(self.path, "rb") as file:
-            content = file.read()
-        *lines, cut_off = content.split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            verdict = _parse(line)
-            if verdict.get("key") not in known or verdict.get("better") not in CHOICES:
-                raise UserError(f"{self.path}, line {number} is no judgement of these answers; name another --output")
-            self.verdicts[verdict["key"]] = verdict["better"]
-        if not cut_off.startswith(LINE_START[: len(cut_off)]):
-            raise UserError(f"{self.path} holds something else than judgements; name another --output")
-        if cut_off:
-            with open(self.path, "rb+") as file:
-                file.truncate(len(content) - len(cut_off))
+        def key(record: Any) -> str | None:
+            return record["key"] if record["key"] in known and record["better"] in CHOICES else None
+
+        super().__init__(path, Format("key", key, "a judgement of these answers", "--output"))
+        self.waiting = [pair for pair in pairs if pair.key not in self.records]
 
     def record(self, choice: str) -> None:
         """Keeps the verdict on the pair that waits first.
@@ -124,17 +101,13 @@ class Journal:
         better = {"1": pair.first, "2": second, "t": "tie"}[choice]
         line = {"key": pair.key, "better": better, "shown_first": pair.first, "instruction": pair.instruction}
         line |= {"input": pair.input, "output_a": pair.a, "output_b": pair.b, "generators": self.names}
-        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.verdicts[pair.key] = better
+        self.append([line])
         del self.waiting[0]
 
     def summary(self) -> str:
         """Counts wins, ties and losses; the interval is on the share of wins among the pairs that weren't ties."""
-        wins, losses, ties = (list(self.verdicts.values()).count(choice) for choice in ("a", "b", "tie"))
+        found = [record["better"] for record in self.records.values()]
+        wins, losses, ties = (found.count(choice) for choice in ("a", "b", "tie"))
         counts = f"{self.names['a']} against {self.names['b']}: {wins} wins, {ties} ties, {losses} losses"
         decided = "no pair was decided yet"
         if wins + losses:
@@ -144,7 +117,7 @@ class Journal:
         return f"{counts} (to go: {len(self.waiting)})\n{decided}"
 
 
-def judge_in_terminal(journal: Journal) -> None:
+def judge_in_terminal(journal: Verdicts) -> None:
     """Shows pair after pair and asks for a verdict, until all are judged or the person leaves."""
     while journal.waiting:
         pair = journal.waiting[0]

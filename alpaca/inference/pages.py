@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from alpaca.cli import UserError
-from alpaca.inference.answering import Alpaca, say
-from alpaca.inference.judging import Journal
+from alpaca.cli import UserError, say
+from alpaca.inference.answering import Alpaca
+from alpaca.inference.judging import Verdicts
 
 # What the server accepts from one request, whatever a browser or script sends.
 MAX_INSTRUCTION_CHARACTERS = 2_000
@@ -103,7 +103,7 @@ def build(alpaca: Alpaca, seed: int | None) -> Any:
     return page.queue(max_size=MAX_QUEUE)
 
 
-def build_judging(journal: Journal) -> Any:
+def build_judging(journal: Verdicts) -> Any:
     """Lays out the page of `compare`; the same journal as in the terminal, so that one may change between them."""
     gr = import_gradio()
 

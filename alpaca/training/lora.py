@@ -69,9 +69,9 @@ def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> N
     except ImportError as error:
         raise UserError("merging an adapter needs peft: pip install peft") from error
     import torch
-    import transformers
 
     from alpaca.models import load_model, tensor_shapes, verify
+    from alpaca.tokenizers import load_tokenizer
     from alpaca.training.saving import STAGING, publish
 
     settings = os.path.join(adapter_dir, "adapter_config.json")
@@ -93,7 +93,7 @@ def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> N
         ) from error
     staging = os.path.join(output_dir, STAGING)
     merged.save_pretrained(staging)
-    transformers.AutoTokenizer.from_pretrained(adapter_dir).save_pretrained(staging)
+    load_tokenizer(adapter_dir)[0].save_pretrained(staging)
     verify(staging, *tensor_shapes(merged))
     publish(staging, output_dir)
     print(f"{output_dir}: {base} with {adapter_dir} merged into its weights, checked")

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from alpaca.cli import UserError
-from alpaca.ranks import say
+from alpaca.files import size_text
+from alpaca.models import host_memory
+from alpaca.ranks import announce
 from alpaca.training import saving
-from alpaca.training.saving import gib
 
 
 @dataclass
@@ -197,7 +198,7 @@ def fitting_recipe(shape: ModelShape, lora: ModelShape, plan: Plan, device_bytes
     for its_shape, its_plan, flags in trials:
         device, host = estimate(its_shape, its_plan)
         if device <= device_bytes and host <= host_bytes:
-            return f"{flags} fits (about {gib(device)} per device, {gib(host)} of host memory)"
+            return f"{flags} fits (about {size_text(device)} per device, {size_text(host)} of host memory)"
     return "no recipe fits this machine; use more or larger devices, or a smaller model"
 
 
@@ -219,12 +220,11 @@ def check_memory(shape: ModelShape, lora: ModelShape, plan: Plan, device) -> str
     need, host_need = estimate(shape, plan)
     there, host = free_memory(device)
     if device.type == "cuda":
-        line = (
-            f"memory: about {gib(need)} per GPU of {gib(there)} free, {gib(host_need)} on the host of {gib(host)} free"
-        )
+        line = f"memory: about {size_text(need)} per GPU of {size_text(there)} free"
+        line += f", {size_text(host_need)} on the host of {size_text(host)} free"
     else:  # loading and training share the host's memory
         host_need = max(host_need, plan.local * need)
-        line = f"memory: about {gib(host_need)} for {plan.local} process(es), {gib(host)} free"
+        line = f"memory: about {size_text(host_need)} for {plan.local} process(es), {size_text(host)} free"
     if need > there or host_need > host:
         raise UserError(f"{line}: too little. {fitting_recipe(shape, lora, plan, there, host)}")
     return line
@@ -301,7 +301,7 @@ def choose_resharding(shape: ModelShape, args, packed: bool) -> str:
     plan = replace(plan_of(args), batch=tokens, length=1, scratch=0)  # the step finds gathered weights freed
     keeping, freeing = (replace(plan, reshards=reshards) for reshards in (False, True))
     need, there = estimate(shape, keeping)[0], free_memory(args.device)[0]
-    more = gib(need - estimate(shape, freeing)[0])
+    more = size_text(need - estimate(shape, freeing)[0])
     args.fsdp_plugin_args["reshard_after_forward"] = reshards = need > 0.9 * there
     if reshards:
         return f"FSDP2 gathers weights for forward and backward each (reshard_after_forward; keeping takes {more} more)"
@@ -336,17 +336,17 @@ def check(args, skeleton, adapt: Callable | None, examples: int) -> ModelShape:
     if not plan.checkpointing and not fits(shape, plan, args.device):
         recomputing = replace(plan, checkpointing=True)
         if fits(shape, recomputing, args.device):
-            say("activations don't fit beside the weights: going on as with --gradient_checkpointing True")
+            announce("activations don't fit beside the weights: going on as with --gradient_checkpointing True")
             args.gradient_checkpointing, plan = True, recomputing
             args.activation_checkpointing = True  # what transformers 5.23 reads, and 5.17 doesn't know
-    say(check_memory(shape, lora, plan, args.device))
+    announce(check_memory(shape, lora, plan, args.device))
     steps = total_steps(args, examples)
     kept = saving.saves_kept(steps, args.save_strategy, args.save_steps, args.num_train_epochs, args.save_total_limit)
     weights = 4 * shape.trainable
     states = (
         0 if args.save_only_model else 8 * shape.trainable + (4 * shape.trainable if args.fsdp or args.deepspeed else 0)
     )
-    say(saving.check_disk(args.output_dir, weights, weights + states, kept))
+    announce(saving.check_disk(args.output_dir, weights, weights + states, kept))
     return shape
 
 
@@ -376,19 +376,6 @@ def free_memory(device) -> tuple[float, float]:
         torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
     there, host = least.tolist()
     return there, host
-
-
-def host_memory() -> int:
-    """Gets the memory that this machine still has for us, in bytes; a container's limit counts."""
-    import psutil
-
-    available = psutil.virtual_memory().available
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            text = limit.read().strip()
-            return available if text == "max" else min(available, int(text) - int(current.read()))
-    except (OSError, ValueError):
-        return available
 
 
 def local_world_size() -> int:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import glob
 import math
 import os
@@ -13,8 +12,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 
 from alpaca.cli import UserError
-from alpaca.files import jload, nearest_existing
-from alpaca.ranks import is_main, say
+from alpaca.files import jload, lock, nearest_existing, size_text
+from alpaca.ranks import announce, is_main
 
 STAGING = ".saving"  # a checkpoint is written here and renamed once all ranks have written all of it
 
@@ -116,7 +115,7 @@ def check_same_run(folder: str, config, lora_r: int, args, steps: int) -> None:
     state = jload(os.path.join(folder, "trainer_state.json"))
     same_length = args.max_steps <= 0 and math.ceil(args.num_train_epochs) == state["num_train_epochs"]
     if same_length and state["max_steps"] != steps:
-        say(
+        announce(
             f"{folder} is of a run of {state['max_steps']} steps, this one has {steps}: data, batch or number of "
             "processes differ, and some examples will be learned twice or not at all"
         )
@@ -146,12 +145,7 @@ def claimed(output_dir: str, overwrite: bool) -> Iterator[None]:
         return
     descriptor = os.open(output_dir, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing {output_dir}; wait for it, or name another --output_dir") from None
-        except OSError:
-            pass  # a file system without locks
+        lock(descriptor, output_dir, "--output_dir")
         shutil.rmtree(os.path.join(output_dir, STAGING), ignore_errors=True)
         for path in glob.glob(os.path.join(output_dir, "checkpoint-*")) if overwrite else ():
             shutil.rmtree(path)
@@ -177,23 +171,18 @@ def check_disk(output_dir: str, final_bytes: int, checkpoint_bytes: int, checkpo
     """
     free = shutil.disk_usage(nearest_existing(output_dir)).free
     need = final_bytes + checkpoints * checkpoint_bytes
-    parts = f"the final model {gib(final_bytes)}, {checkpoints} checkpoint(s) of {gib(checkpoint_bytes)}"
+    parts = f"the final model {size_text(final_bytes)}, {checkpoints} checkpoint(s) of {size_text(checkpoint_bytes)}"
     if need > free:
         raise UserError(
-            f"the disk of {output_dir} has {gib(free)} free and this run needs {gib(need)} ({parts}); free space, "
-            "lower --save_total_limit, or pass --save_strategy no or --save_only_model True"
+            f"the disk of {output_dir} has {size_text(free)} free and this run needs {size_text(need)} ({parts}); "
+            "free space, lower --save_total_limit, or pass --save_strategy no or --save_only_model True"
         )
     try:
         os.makedirs(output_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()
     except OSError as error:
         raise UserError(f"cannot write into {output_dir}: {error.strerror}; name another --output_dir") from error
-    return f"disk: {gib(need)} needed at most ({parts}), {gib(free)} free"
-
-
-def gib(size: float) -> str:
-    """Writes a number of bytes in GiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+    return f"disk: {size_text(need)} needed at most ({parts}), {size_text(free)} free"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +205,7 @@ def disk_watched(output_dir: str) -> Iterator[None]:
         # torch.save tells a full disk by what its zip file lacks
         if not (of_disk or isinstance(error, SafetensorError) or "inline_container" in str(error)):
             raise
-        free = gib(shutil.disk_usage(output_dir).free)
+        free = size_text(shutil.disk_usage(output_dir).free)
         reason = " ".join(str(error).split())
         raise UserError(f"cannot save into {output_dir}, {free} free ({reason}). {last_good(output_dir)}") from error
 

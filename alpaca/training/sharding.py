@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from alpaca.cli import UserError
 from alpaca.files import jload
-from alpaca.ranks import is_main, say
+from alpaca.ranks import announce, is_main
 
 
 def can_shard() -> bool:
@@ -58,18 +58,18 @@ def fit_machine(args) -> None:
         raise UserError("--bf16 and --fp16 are two types to compute in; give one")
     if args.bf16 and not has_bfloat16():
         args.bf16 = False
-        say(f"--bf16: {device_name()} has no bfloat16 arithmetic; going on in float32")
+        announce(f"--bf16: {device_name()} has no bfloat16 arithmetic; going on in float32")
     if args.fp16 and not has_accelerator():
         args.fp16 = False
-        say(f"--fp16: {device_name()} has no float16 arithmetic; going on in float32")
+        announce(f"--fp16: {device_name()} has no float16 arithmetic; going on in float32")
     if args.tf32 and not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8):
         args.tf32 = None
-        say(f"--tf32: {device_name()} has no TF32 arithmetic; going on without")
+        announce(f"--tf32: {device_name()} has no TF32 arithmetic; going on without")
 
 
 def _say_going_on(reason: str) -> None:
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    say(f"{reason}; going on " + ("without" if alone else "data-parallel"))
+    announce(f"{reason}; going on " + ("without" if alone else "data-parallel"))
 
 
 def _read_config(flag: str, value: str | dict) -> dict:
@@ -134,11 +134,11 @@ def read_deepspeed(args) -> None:
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, which warns dozens of times in every step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if scheduler := config.pop("scheduler", None):
-        say(f"--deepspeed: its {scheduler['type']} gives way to --lr_scheduler_type {args.lr_scheduler_type}")
+        announce(f"--deepspeed: its {scheduler['type']} gives way to --lr_scheduler_type {args.lr_scheduler_type}")
     zero = config.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-        say("--deepspeed: stage3_gather_16bit_weights_on_model_save set to true, or no model would be saved")
+        announce("--deepspeed: stage3_gather_16bit_weights_on_model_save set to true, or no model would be saved")
     args.deepspeed = config
 
 
@@ -156,7 +156,7 @@ def fit_fsdp(args, skeleton) -> None:
     if not chosen:
         raise UserError("this model does not say which layers FSDP may wrap; pass --fsdp_transformer_layer_cls_to_wrap")
     why = "as asked" if asked in classes else f"{asked} is not in this model" if asked else "the model's own layer"
-    say(f"FSDP2 wraps {', '.join(chosen)} ({why})")
+    announce(f"FSDP2 wraps {', '.join(chosen)} ({why})")
     args.fsdp_config["transformer_layer_cls_to_wrap"] = chosen
     args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(chosen)
     only_parameters = skeleton.state_dict().keys() <= dict(skeleton.named_parameters(remove_duplicate=False)).keys()

@@ -9,7 +9,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from alpaca import models
 from alpaca.cli import UserError
-from alpaca.ranks import say
+from alpaca.ranks import announce
 from alpaca.training import saving, throughput
 from alpaca.training.memory import ModelShape
 from alpaca.training.packing import passes as packing_passes
@@ -33,7 +33,7 @@ def check_labels(dataset, batch_size: int) -> None:
     found += f"--model_max_length: records {shown}"
     if batch_size == 1 or len(empty) == len(dataset):
         raise UserError(f"{found}; a batch needs one that has: raise --model_max_length, or leave these records out")
-    say(found)
+    announce(found)
 
 
 class AlpacaTrainer(packing_passes.PackedTrainer):
