@@ -1,7 +1,7 @@
-"""Everything that talks to an OpenAI-compatible server: one request at a time, patient where waiting helps.
+"""The client of OpenAI-compatible servers: it retries if waiting may help, and adapts to what the server accepts.
 
-`Client.complete` sends one prompt, in the dialect that the server understands, and either returns its completion or
-raises a `UserError` that says in one line what is wrong. Retries are counted, jittered and do what Retry-After says.
+`Client.complete` sends one prompt and either returns its completion or raises a `UserError` that says in one line what
+is wrong. Retries are counted, back off with jitter and obey Retry-After.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from typing import Any
 
 from alpaca.cli import UserError
 
-# Words with which servers say that they don't take a parameter (OpenAI, vLLM, FastAPI/pydantic, transformers serve).
+# How servers say that they don't accept a parameter (OpenAI, vLLM, FastAPI/pydantic, transformers serve).
 _REFUSAL = re.compile(
     r"unsupported|not support|unrecogni[sz]ed|unknown (param|field|arg)|unexpected|extra (inputs|fields)"
     r"|extra_forbidden|not permitted|not allowed",
@@ -28,7 +28,7 @@ _TOO_LONG = re.compile(r"context.{0,20}length|context.{0,10}window|maximum.{0,20
 _NO_QUOTA = {"insufficient_quota", "billing_not_active", "billing_hard_limit_reached"}
 _NEW_NAMES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 _SMALLEST_MAX_TOKENS = 64
-_NO_KEY = "none"  # local servers need no key, but openai's client sends one
+_NO_KEY = "none"  # local servers need no key, but openai's client insists on one
 
 
 @dataclass
@@ -36,9 +36,9 @@ class Completion:
     """One answer.
 
     Attributes:
-        text: the model's text, "" where it gave none.
-        finish_reason: "stop", "length", "content_filter" or what else the server calls it.
-        usage: the server's `prompt_tokens`, `completion_tokens` and `total_tokens`, None where it doesn't count.
+        text: The model's text, "" if it gave none.
+        finish_reason: "stop", "length", "content_filter" or another name of the server's.
+        usage: `prompt_tokens`, `completion_tokens` and `total_tokens`, None if the server doesn't count them.
     """
 
     text: str
@@ -46,26 +46,41 @@ class Completion:
     usage: dict[str, int] | None
 
     def __getitem__(self, name: str) -> Any:
-        """`completion["text"]`, as the original's completions allowed."""
+        """Allows `completion["text"]`, as the original's completions did."""
         return getattr(self, name)
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a refusal teaches about a server; one of these is set.
+
+    Attributes:
+        api: The API to use.
+        max_tokens: The most tokens to ask for.
+        refused: A parameter to send under its other name, or to leave out.
+    """
+
+    api: str | None = None
+    max_tokens: int | None = None
+    refused: str | None = None
+
+
 class Malformed(Exception):
-    """The answer is no completion; its text says what came instead."""
+    """The server's answer is not a completion; the text says what came instead."""
 
 
 @dataclass
 class Client:
-    """A server and what was learnt about it.
+    """A server, and what its refusals have taught about it.
 
     Attributes:
-        base_url: as `https://host/v1`; from OPENAI_BASE_URL or the Azure endpoint in AZURE_OPENAI_ENDPOINT when None,
-            OpenAI's when neither is set.
-        api: "chat", "completions", or "auto": chat, and completions where the server has no chat for the model.
-        max_retries: tries after the first one, for one request.
-        timeout: seconds that one answer may take.
-        log: takes the lines that tell a person what was learnt or waited for.
-        max_tokens: the highest `max_tokens` that fits the model's context, once the server has refused more.
+        base_url: The server, as `https://host/v1`. If None, the one that AZURE_OPENAI_ENDPOINT or OPENAI_BASE_URL
+            names, and OpenAI if neither is set.
+        api: "chat", "completions", or "auto": chat, or completions if the server has no chat for the model.
+        max_retries: How often one request is tried again.
+        timeout: Seconds that one answer may take.
+        log: Called with each line for a person: what was learned, what is waited for.
+        max_tokens: The most tokens to ask for, once the server has refused more as too many for the model's context.
     """
 
     base_url: str | None = None
@@ -74,10 +89,12 @@ class Client:
     timeout: float = 600.0
     log: Callable[[str], None] = print
     max_tokens: int | None = field(default=None, init=False)
-    _renamed: dict[str, str | None] = field(default_factory=dict, init=False)  # parameter -> new name, None: dropped
+    _renamed: dict[str, str | None] = field(
+        default_factory=dict, init=False
+    )  # parameter -> its new name, None if it is left out
     _answered: bool = field(default=False, init=False)
-    _first_api: str = field(default="chat", init=False)  # that "auto" tries
-    _not_before: float = field(default=0.0, init=False)
+    _first_api: str = field(default="chat", init=False)  # what "auto" tries
+    _not_before: float = field(default=0.0, init=False)  # by time.monotonic(): no request is sent earlier
     _given_up: bool = field(default=False, init=False)
     _pauses: set[asyncio.Future] = field(default_factory=set, init=False)
 
@@ -94,16 +111,16 @@ class Client:
         await self.openai.close()
 
     def give_up(self) -> None:
-        """From now on a failure is final: requests in flight may end well, but none is sent or waited for."""
+        """Ends all retries: requests in flight may still succeed, but a failure is final from now on."""
         self._given_up = True
         for pause in self._pauses:
             pause.cancel()
 
     async def served_models(self) -> list[str]:
-        """The ids that the server lists under /models.
+        """Returns the ids that the server lists under /models, none if it has no such list.
 
         Raises:
-            UserError: it doesn't answer, or refuses the key.
+            UserError: The server doesn't answer, or refuses the key.
         """
         import openai
 
@@ -120,10 +137,10 @@ class Client:
             ) from error
 
     async def only_model(self) -> str:
-        """The served model, where there is exactly one.
+        """Returns the id of the server's only model.
 
         Raises:
-            UserError: there are none or several; the message lists them.
+            UserError: It has none, or several; the message lists them.
         """
         served = await self.served_models()
         if len(served) == 1:
@@ -132,45 +149,51 @@ class Client:
         raise UserError(f"{self.url} {found}; say which one with --model_name")
 
     def _hint(self) -> str:
-        return "" if self.url.endswith("/v1") else " (an OpenAI-compatible --base_url mostly ends in /v1)"
+        return (
+            "" if self.url.endswith("/v1") else " (the --base_url of an OpenAI-compatible server usually ends in /v1)"
+        )
 
     async def complete(self, prompt: str | list[dict], model: str, **parameters: Any) -> Completion:
         """Completes one prompt.
 
         Args:
-            prompt: a text, or chat messages.
-            model: the model's name at the server.
-            parameters: `max_tokens`, `temperature` and so on; those that the server refuses by name are renamed or
+            prompt: A text, or chat messages.
+            model: The model's name at the server.
+            parameters: `max_tokens`, `temperature` and so on. Those that the server refuses by name are renamed or
                 left out from then on, and the request is sent again.
 
         Raises:
-            UserError: no use in trying again, or tried often enough.
+            UserError: Trying again is useless, or was useless `max_retries` times.
         """
+        return await self.patiently(lambda: self._attempt(prompt, model, parameters))
+
+    async def _attempt(self, prompt: str | list[dict], model: str, parameters: dict[str, Any]) -> Completion:
+        """Sends a prompt, in other forms too while each refusal teaches something."""
         import openai
 
-        async def attempt() -> Completion:
-            while True:
-                api, body = self.request(prompt, model, parameters)
-                try:
-                    completion = await self._send(api, body)
-                    self._settle_on(api)
-                    return completion
-                except openai.APIStatusError as error:
-                    if self.learns_from(error, body, api) or self._tries_other_api(error, api):
-                        continue
-                    if error.code == "content_filter":  # Azure refuses such a prompt; asking again changes nothing
-                        return Completion("", "content_filter", None)
-                    if error.status_code == 404:
-                        raise await self._not_found(error, model) from error
-                    raise
-
-        return await self.patiently(attempt)
+        while True:
+            api, body = self.request(prompt, model, parameters)
+            try:
+                completion = await self._send(api, body)
+                self._settle_on(api)
+                return completion
+            except openai.APIStatusError as error:
+                if lesson := self.lesson(error, body, api):
+                    self.learn(lesson)
+                    continue
+                if self._tries_other_api(error, api):
+                    continue
+                if error.code == "content_filter":  # Azure refuses such a prompt; asking again changes nothing
+                    return Completion("", "content_filter", None)
+                if error.status_code == 404:
+                    raise await self._not_found(error, model) from error
+                raise
 
     async def patiently(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
-        """Awaits what `attempt` gives, and tries again where waiting may help.
+        """Awaits `attempt()`, and retries after failures that may pass: 408, 409, 429, 5xx, a lost connection.
 
         Raises:
-            UserError: it didn't help.
+            UserError: The failure won't pass, or didn't within `max_retries` tries.
         """
         import openai
 
@@ -196,7 +219,7 @@ class Client:
             await self._back_off(trouble, wait, failures)
 
     def request(self, prompt: str | list[dict], model: str, parameters: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The API for a request ("chat" or "completions") and its body, in the dialect learnt so far."""
+        """Returns the API for a request ("chat" or "completions") and its body, in the form learned so far."""
         sent = {self._renamed.get(name, name): value for name, value in parameters.items() if value is not None}
         sent.pop(None, None)
         for name in _NEW_NAMES:
@@ -211,39 +234,49 @@ class Client:
     async def _send(self, api: str, body: dict[str, Any]) -> Completion:
         resource = self.openai.chat.completions if api == "chat" else self.openai.completions
         needed = {name: body[name] for name in ("model", "messages", "prompt") if name in body}
-        # Everything else travels in extra_body: the client then sends it as it is, whatever its own version knows.
+        # extra_body is sent as it is, so a parameter works even if this version of openai doesn't know it.
         raw = await resource.with_raw_response.create(
             **needed, extra_body={name: value for name, value in body.items() if name not in needed}
         )
         return read_completion(raw.text)
 
-    def learns_from(self, error: Any, body: dict[str, Any], api: str) -> bool:
-        """Whether a refusal teaches something that lets the request be sent again in another form.
+    def lesson(self, error: Any, body: dict[str, Any], api: str) -> Lesson | None:
+        """Returns how to send a refused request in another form, None if there is no such form. Changes nothing.
+
+        Example:
+            404 from /chat/completions -> Lesson(api="completions")
+            400 "maximum context length is 2048 tokens" for max_tokens=3072 -> Lesson(max_tokens=2457)
+            400 "Unsupported parameter: 'top_p'" -> Lesson(refused="top_p")
 
         Args:
-            error: has `status_code`, `code`, `param` and `body`, as openai's errors do.
-            body: of the refused request.
-            api: that it was sent to.
+            error: The refusal; it has `status_code`, `code`, `param` and `body`, as openai's errors do.
+            body: The refused request.
+            api: The API that it was sent to.
         """
         message = _text_of(error.body)
         if api == "chat" and self.api != "chat" and _speaks_no_chat(error, message):
-            if self.api == "auto":
-                self._settle_on("completions")
-            return True
+            return Lesson(api="completions")
         if error.status_code not in (400, 422):
-            return False
+            return None
         limit = next((name for name in _NEW_NAMES if name in body), None)
         if limit and (error.code == "context_length_exceeded" or _TOO_LONG.search(message)):
-            return self._lower_max_tokens(limit, body[limit])
+            lowered = int(body[limit] * 0.8)  # the original's step
+            return Lesson(max_tokens=lowered) if lowered >= _SMALLEST_MAX_TOKENS else None
         name = _refused_parameter(error, message, body)
-        if name is None:
-            return False
-        original = next((old for old, new in self._renamed.items() if new == name), name)
-        if name not in self._renamed:  # else another request in flight has learnt it already
-            new = _NEW_NAMES.get(name) if original == name else None
+        return Lesson(refused=name) if name else None
+
+    def learn(self, lesson: Lesson) -> None:
+        """Changes how requests are sent from now on and says so in one line, unless that is known already."""
+        if lesson.api:
+            self._settle_on(lesson.api)
+        if lesson.max_tokens and (self.max_tokens is None or lesson.max_tokens < self.max_tokens):
+            self.max_tokens = lesson.max_tokens
+            self.log(f"The model's context is too short for that many tokens; trying max_tokens={self.max_tokens}.")
+        if (name := lesson.refused) and name not in self._renamed:
+            original = next((old for old, new in self._renamed.items() if new == name), name)
+            new = _NEW_NAMES.get(name) if original == name else None  # a new name that is refused too has no other
             self._renamed[original] = new
             self.log(f"The server refuses {name}; " + (f"sending {new} instead." if new else "leaving it out."))
-        return True
 
     def _settle_on(self, api: str) -> None:
         if self.api == "auto" and api == "completions":
@@ -251,24 +284,18 @@ class Client:
         self._answered, self.api = True, api
 
     def _tries_other_api(self, error: Any, api: str) -> bool:
-        """Before the first answer: `transformers serve` meets a model without a chat template with a bare 500.
+        """Changes what "auto" tries, before the first answer has settled it.
+
+        `transformers serve` answers a chat request to a model without a chat template with a bare 500. After a 500
+        from chat, completions is tried next, after the usual pause; any failure there brings back chat.
 
         Returns:
-            Whether to send the request again at once; after a 500 it waits as after any.
+            True if the request should be sent again at once.
         """
         if self.api != "auto":
             return False
         self._first_api = "completions" if api == "chat" and error.status_code == 500 else "chat"
         return api == "completions" and error.status_code < 500
-
-    def _lower_max_tokens(self, name: str, value: int) -> bool:
-        lowered = int(value * 0.8)  # the original's step
-        if lowered < _SMALLEST_MAX_TOKENS:
-            return False
-        if self.max_tokens is None or lowered < self.max_tokens:
-            self.max_tokens = lowered
-            self.log(f"The model's context is too short for {name}={value}; trying {lowered}.")
-        return True
 
     async def _wait_for_server(self) -> None:
         while (pause := self._not_before - time.monotonic()) > 0:
@@ -280,20 +307,20 @@ class Client:
         await asyncio.wait({pause})
         self._pauses.discard(pause)
         if self._given_up:
-            raise UserError(f"the request to {self.url} was given up while it waited for its next try")
+            raise UserError(f"the request to {self.url} was given up while it waited to be tried again")
 
     async def _back_off(self, trouble: str, wait: float | None, failures: int) -> None:
-        """Waits before the next try: as long as the server asked, else exponentially with jitter."""
+        """Waits before the next try: as long as the server asks, else 0.5 s, 1 s, 2 s up to 60 s, less up to half."""
         if wait is not None:
             wait += random.uniform(0, min(1.0, 0.1 * wait))
-            self._not_before = max(self._not_before, time.monotonic() + wait)  # one limit, shared by all requests
+            self._not_before = max(self._not_before, time.monotonic() + wait)  # holds back all requests
         else:
             wait = min(60.0, 0.5 * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
-        self.log(f"{_one_line(trouble)}; try {failures} of {self.max_retries} again in {wait:.1f} s.")
+        self.log(f"{_one_line(trouble)}; retry {failures} of {self.max_retries} in {wait:.1f} s.")
         await self._pause(wait)
 
     async def _not_found(self, error: Any, model: str) -> UserError:
-        """A 404: an unknown model, where the server lists others, or what the server says."""
+        """Explains a 404: an unknown model if the server lists others, else in the server's words."""
         try:
             served = await self.served_models()
         except UserError:
@@ -303,26 +330,28 @@ class Client:
         return UserError(f"{self.url} answered 404: {_said(error)}{self._hint()}")
 
     def _explained(self, error: Any) -> UserError:
-        """One line for a failure that ends the run."""
+        """Explains in one line a failure that waiting won't cure."""
         status = getattr(error, "status_code", None)
         said = _said(error)
         if status is None:
-            start = "start the server (transformers serve MODEL, say) or mend --base_url"
+            start = "start the server (for example transformers serve MODEL) or correct --base_url"
             return UserError(f"cannot reach {self.url}: {_cause(error)}; {start}")
         if status in (401, 403):
             variable = "AZURE_OPENAI_API_KEY" if "azure" in type(self.openai).__name__.lower() else "OPENAI_API_KEY"
             found = "the key was refused" if self.openai.api_key != _NO_KEY else "a key is needed and none is set"
             return UserError(f"{self.url} answered {status}: {said}; {found}: set {variable}")
         if status == 402 or (status == 429 and {error.code, error.type} & _NO_QUOTA):
-            return UserError(f"{self.url} answered {status}: no quota or credit left ({said}); see to the billing")
+            return UserError(
+                f"{self.url} answered {status}: no quota or credit left ({said}); check the account's billing"
+            )
         return UserError(f"{self.url} answered {status}: {said}")
 
 
 def _connect(base_url: str | None, timeout: float) -> Any:
-    """The openai client for the given or configured server.
+    """Returns openai's client for the given server, or for the one that the environment names.
 
     Raises:
-        UserError: neither a key nor a server is known, or one cannot be right.
+        UserError: Neither a key nor a server is given, or one can't be right.
     """
     import openai
 
@@ -335,17 +364,17 @@ def _connect(base_url: str | None, timeout: float) -> Any:
             "no API key and no server: set OPENAI_API_KEY (Azure: AZURE_OPENAI_API_KEY), or start a local server "
             "(transformers serve MODEL --port 8000) and give --base_url http://127.0.0.1:8000/v1"
         )
-    if not re.fullmatch("[!-~]*", key):  # the HTTP client would print the key with its complaint
-        raise UserError(f"{variable} holds a character that no key has, like a curly quote or a space; copy it anew")
+    if not re.fullmatch("[!-~]*", key):  # httpx would print the key in its error
+        raise UserError(f"{variable} holds a character that no key has, like a curly quote or a space; copy it again")
     if not (azure or base_url or "https://").startswith(("http://", "https://")):
         raise UserError(f"--base_url must begin with http:// or https://, found {azure or base_url!r}")
     settings = {"api_key": key or _NO_KEY, "timeout": timeout, "max_retries": 0}
     try:
-        _ = urllib.parse.urlsplit(azure or base_url or "").port  # raises where it is none; httpx does at a request
+        _ = urllib.parse.urlsplit(azure or base_url or "").port  # raises if it is no number, before a request does
         if azure and os.environ.get("OPENAI_API_VERSION"):
             return openai.AsyncAzureOpenAI(azure_endpoint=azure, **settings)
         return openai.AsyncOpenAI(base_url=azure.rstrip("/") + "/openai/v1" if azure else base_url, **settings)
-    except Exception as error:  # an unusable URL fails in httpx in several ways
+    except Exception as error:  # httpx has several for an unusable URL
         raise UserError(f"--base_url {base_url or azure!r} cannot be used: {_one_line(str(error))}") from error
 
 
@@ -353,7 +382,7 @@ def read_completion(body: str | dict) -> Completion:
     """Reads the body of a chat or text completion.
 
     Raises:
-        Malformed: it is no completion.
+        Malformed: The body is not a completion.
     """
     try:
         answer = json.loads(body) if isinstance(body, str) else body
@@ -363,12 +392,12 @@ def read_completion(body: str | dict) -> Completion:
         if text is not None and not isinstance(text, str):
             raise TypeError
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise Malformed(f"the answer is no completion: {_one_line(str(body))[:120] or 'it is empty'}") from error
+        raise Malformed(f"the answer is not a completion: {_one_line(str(body))[:120] or 'it is empty'}") from error
     usage = usage if isinstance(usage := answer.get("usage"), dict) else {}
     counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
     counted = all(isinstance(count, int) for count in counts.values())
     counts = {**counts, "total_tokens": sum(counts.values())} if counted else None
-    text = re.sub("[\ud800-\udfff]", "\ufffd", text or "")  # half a surrogate pair: JSON can hold it, UTF-8 can't
+    text = re.sub("[\ud800-\udfff]", "\ufffd", text or "")  # lone surrogates: JSON can hold them, UTF-8 can't
     return Completion(text, choice.get("finish_reason"), counts)
 
 
@@ -382,7 +411,7 @@ def _one_line(text: str) -> str:
 
 
 def _said(error: Any) -> str:
-    """What the server said, in one line."""
+    """Returns the server's words in one line."""
     body = error.body
     if isinstance(body, dict):
         body = body.get("message") or body.get("detail") or body.get("error") or json.dumps(body)
@@ -390,7 +419,7 @@ def _said(error: Any) -> str:
 
 
 def _cause(error: Any) -> str:
-    """Why the connection failed: the last cause in the chain says it best."""
+    """Says why a connection failed; the last cause in the chain is the most telling."""
     cause = error
     while cause.__cause__ is not None or cause.__context__ is not None:
         cause = cause.__cause__ or cause.__context__
@@ -405,7 +434,7 @@ def _speaks_no_chat(error: Any, message: str) -> bool:
 
 
 def _refused_parameter(error: Any, message: str, sent: dict[str, Any]) -> str | None:
-    """The name of the sent parameter that the server says it doesn't take."""
+    """Returns the name of the sent parameter that the server says it doesn't accept, None if it says no such thing."""
     if not (error.code in ("unsupported_parameter", "unsupported_value") or _REFUSAL.search(message)):
         return None
     optional = [name for name in sent if name not in ("model", "messages", "prompt")]
@@ -422,7 +451,10 @@ def _is_transient(error: Any) -> bool:
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds that the server asks to wait (RFC 9110: a number or a date; OpenAI and Azure also send milliseconds)."""
+    """Returns the seconds that the server asks to wait, None if it doesn't.
+
+    Retry-After is a number of seconds or a date (RFC 9110, 10.2.3); OpenAI and Azure also send milliseconds.
+    """
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
             return max(0.0, float(headers[name]) * unit)
@@ -439,7 +471,7 @@ def _shortened(names: list[str]) -> str:
 async def complete_all(
     prompts: list[str | list[dict]], model: str | None, concurrency: int, parameters: dict[str, Any]
 ) -> list[Completion]:
-    """Completes several prompts, some at a time; the server is the one that the environment names."""
+    """Completes prompts with `concurrency` requests in flight, at the server that the environment names."""
     async with Client() as client:
         slots, model = asyncio.Semaphore(concurrency), model or await client.only_model()
 

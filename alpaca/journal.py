@@ -135,7 +135,7 @@ def read_journal(path: str, format: Format) -> tuple[dict[Hashable, dict[str, An
                     f"{path}, line {number}: not {format.what}; restore or remove it, or name another {format.flag}"
                 )
             if key in records:
-                raise UserError(f"{path}, line {number}: {format.first_field} {key} stands there twice")
+                raise UserError(f"{path}, line {number}: duplicate {format.first_field} {key}")
             records[key] = record
         whole += len(line) + (not last)
     return records, whole

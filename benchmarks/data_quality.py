@@ -20,11 +20,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from alpaca.analysis.root_verbs import parse_by_rules
 from alpaca.cli import UserError, run_cli
 from alpaca.files import atomic_write, jdump
+from alpaca.generation.config import Config
 from alpaca.generation.dedup import RougePool
-from alpaca.generation.harvest import Harvest, Rules
 from alpaca.records import load_examples, load_records
 from benchmarks.provenance import provenance
-from generate_instruction import load_seed_tasks
+from generate_instruction import find_objection, load_seed_tasks, start_harvest
 
 FIELDS = ("instruction", "input", "output")
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -42,7 +42,7 @@ def measure_quality(examples: list[dict[str, str]]) -> dict:
         nearest other one, in 0 to 1.
     """
     parses = [_parse(example["instruction"]) for example in examples]
-    keyword_filter = Rules(min_words=0, max_words=sys.maxsize)
+    any_length = Config(min_words=0, max_words=sys.maxsize)
     lengths = {name: sorted(len(e[name].split()) for e in examples if e[name]) for name in FIELDS}
     return {
         "count": len(examples),
@@ -54,7 +54,7 @@ def measure_quality(examples: list[dict[str, str]]) -> dict:
         "root_verbs": len({parse.verb for parse in parses if parse.verb}),
         "verb_object_pairs": len({parse for parse in parses if parse.object}),
         "mean_nearest_rouge_l": float(RougePool([e["instruction"] for e in examples]).nearest_scores().mean()),
-        "keyword_hits": sum(keyword_filter.objection(e["instruction"], "x") == "keyword" for e in examples),
+        "keyword_hits": sum(find_objection(e["instruction"], "x", any_length) == "keyword" for e in examples),
     }
 
 
@@ -76,8 +76,7 @@ def measure_at_size(examples: list[dict[str, str]], size: int) -> dict[str, floa
 
 def measure_collection(recording: str, seed_tasks_path: str) -> dict:
     """Counts what became of the recorded completions: the pipeline's own parser, filters and de-duplication."""
-    seeds = [task["instruction"] for task in load_seed_tasks(seed_tasks_path)]
-    harvest = Harvest(Rules(), 3, None, RougePool(seeds))
+    harvest = start_harvest(Config(num_instructions_to_generate=None), load_seed_tasks(seed_tasks_path))
     records = []
     for where, record in load_records(recording):
         if missing := [name for name in ("request_index", "text", "finish_reason", "usage") if name not in record]:

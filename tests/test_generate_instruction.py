@@ -23,6 +23,7 @@ import generate_instruction
 from alpaca.files import jload
 from alpaca.generation import batch_api as batch_api_module
 from alpaca.generation import spending
+from alpaca.generation.config import Config
 from alpaca.records import load_examples
 from demo import tiny_model
 
@@ -113,9 +114,9 @@ def test_prompt_is_written_as_the_original_writes_it():
 
 def test_prompt_of_a_request_depends_on_seed_and_index_alone(folder):
     seeds = generate_instruction.load_seed_tasks("seed_tasks.jsonl")
-    prompts = generate_instruction.Prompts("Rules:", seeds, 3, seed=7)
+    prompts = generate_instruction.Prompts(Config(seed=7), generate_instruction.encode_prompt)
     expected = random.Random("7-12").sample(seeds, 3)
-    assert prompts[12] == generate_instruction.encode_prompt(expected, "Rules:")
+    assert prompts.of(12) == generate_instruction.encode_prompt(expected)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +369,7 @@ def test_a_journal_of_other_settings_is_refused_with_the_difference(folder, serv
     ("damage", "said"),
     [
         (lambda lines: [lines[0], "{nonsense", *lines[1:]], "line 2: not a record"),
-        (lambda lines: [*lines, lines[0]], "line 4: request_index 0 stands there twice"),
+        (lambda lines: [*lines, lines[0]], "line 4: duplicate request_index 0"),
         (lambda lines: ["[1]", *lines], "line 1: not a record"),
         (lambda lines: [*lines[:2], lines[2].replace('"request_index": 2', '"request_index": "2"')], "line 3: not a"),
         (lambda lines: [re.sub('"text": ".*", "fin', '"text": null, "fin', line) for line in lines], "line 1: not a"),
@@ -439,7 +440,7 @@ def test_costs_are_counted_by_the_prices_given(folder, server, capsys):
     assert f"${expected:.4f}" in capsys.readouterr().out
 
 
-def test_answers_of_a_sitting_without_prices_count_for_the_limit(folder, server, capsys):
+def test_answers_that_came_without_prices_count_towards_the_limit(folder, server, capsys):
     generate(server)
     capsys.readouterr()
     most = {"price_input": 0, "price_output": 10, "max_cost_usd": 4000 * 10 / 1e6}
@@ -469,7 +470,7 @@ def test_max_tokens_total_is_never_passed(folder, server, capsys):
 def test_max_cost_needs_prices_and_the_table_has_some(folder, server, capsys):
     assert "--price_input" in fails(capsys, server, max_cost_usd=1)
     assert not server.requests
-    assert spending.find_prices("gpt-4o-mini-2024-07-18", None, None) == (0.15, 0.6)
+    assert spending.find_prices("gpt-4o-mini-2024-07-18", Config()) == (0.15, 0.6)
 
 
 def test_dry_run_prints_prompt_and_estimate_and_sends_nothing(folder, capsys):
@@ -516,7 +517,7 @@ def test_an_interrupted_batch_is_picked_up_and_not_paid_again(folder, server, kn
     out, err = process.communicate(timeout=30)
     if knows_id:
         assert process.returncode == 130
-        assert "The same command goes on from there" in out
+        assert "Run the same command to continue" in out
         assert "Traceback" not in err
     else:  # as if the crash came between the batch's creation and its noting down
         state.write_text(json.dumps({**jload(state), "batch_id": None}))
@@ -559,7 +560,7 @@ def test_half_a_file_of_results_loses_nothing(folder, server, capsys, monkeypatc
     spoil_batches(monkeypatch, halve)
     said = fails(capsys, server, batch_api=True, max_retries=0)
     assert "is no result" in said
-    assert "takes the batch up again, or asks and pays anew if out/batch.json is deleted" in said
+    assert "run the same command to try this batch again, or delete out/batch.json to ask and pay anew" in said
     for name, text in rest.items():
         server.files[name] += text
     generate(server, batch_api=True)
@@ -597,7 +598,7 @@ def test_an_error_in_plain_words_is_asked_for_again(folder, server, monkeypatch,
 def test_a_batch_under_way_is_not_paid_again_one_by_one(folder, server, capsys):
     (folder / "out").mkdir()
     (folder / "out" / "batch.json").write_text("{}")
-    assert "go on with --batch_api" in fails(capsys, server)
+    assert "continue with --batch_api" in fails(capsys, server)
     assert not server.requests
 
 
@@ -672,7 +673,7 @@ def test_malformed_seed_file_is_refused_with_its_line(folder, server, capsys, li
         ({"request_batch_size": 0}, "--request_batch_size must be 1 or more"),
         ({"logit_bias": "50256"}, "must be a JSON object"),
         ({"similarity_threshold": 7}, "from 0 to 1"),
-        ({"price_input": 1}, "--price_input and --price_output belong together"),
+        ({"price_input": 1}, "--price_input and --price_output go together"),
         ({"price_input": -1, "price_output": 1}, "must be 0 or more"),
         ({"max_cost_usd": "nan"}, "--max_cost_usd must be a number"),
         ({"request_timeout": 0}, "--request_timeout must be above 0"),
@@ -717,7 +718,7 @@ def test_ctrl_c_finishes_the_journal_and_says_how_to_go_on(folder, server):
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "requests in flight" in err
-    assert "The same command goes on from there" in out
+    assert "Run the same command to continue" in out
     assert "Traceback" not in err
     assert len(journal(folder / "out")) == server.answered  # nothing that was paid for is missing
     assert len(jload("out/regen.json")) == 17 * server.answered
@@ -732,8 +733,8 @@ def test_ctrl_c_does_not_sit_out_a_long_retry_after(folder, server):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "429 told to fail; try 1 of 8 again in 30" in err
-    assert "The same command goes on from there" in out
+    assert "429 told to fail; retry 1 of 8 in 30" in err
+    assert "Run the same command to continue" in out
     assert "Traceback" not in err
 
 

@@ -1,10 +1,11 @@
-"""OpenAI's Batch API: half the price, answers within a day, and no batch paid twice after a crash."""
+"""OpenAI's Batch API: half the price, answers within a day, and no batch is paid for twice after a crash."""
 
 import asyncio
 import json
 import os
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,67 +13,99 @@ from typing import Any
 from alpaca.cli import UserError
 from alpaca.client import Client, Completion, Malformed, read_completion
 from alpaca.files import jdump, jload
-from alpaca.generation.dispatch import Run
+from alpaca.generation.run import Outcome, Run
 from alpaca.journal import check_settings
 
-DISCOUNT = 0.5
 MAX_REQUESTS, MAX_BYTES = 50_000, 200 * 1000 * 1000  # of one input file (platform.openai.com/docs/guides/batch)
 _ASSUMED_KEPT_PER_ANSWER = 10.0  # for the size of the first batch
 _TRIES = 3  # batches in which one request may fail
 _ENDPOINTS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 
-async def ask_in_batches(run: Run, client: Client, output_dir: str) -> None:
-    """Asks in batches until the target is met or a limit is reached.
-
-    What a batch is about is written to batch.json before it is created and removed when its answers are in the
-    journal, so that an interrupted run finds its batch again, even one whose id it never learnt.
+def refuse_waiting_batch(output_dir: str) -> None:
+    """Keeps a run without --batch_api from asking again for what an unfinished batch was paid to answer.
 
     Raises:
-        UserError: the server can't be used, a batch failed, or one request failed in three batches.
+        UserError: There is one.
+    """
+    if os.path.exists(path := _state_path(output_dir)):
+        raise UserError(f"{path} is a batch in progress, already paid for; continue with --batch_api, or delete it")
+
+
+def _state_path(output_dir: str) -> str:
+    return os.path.join(output_dir, "batch.json")
+
+
+async def ask_in_batches(run: Run, client: Client, show: Callable[[int], None]) -> Outcome:
+    """Asks in batches until the target is met or a limit is reached.
+
+    batch.json says what a batch asks for. It is written before the batch is created and removed when the answers are
+    in the journal, so an interrupted run finds its batch again, even if it never learned the batch's id.
+
+    Args:
+        run: What to ask for.
+        client: The server.
+        show: Called after each batch with the number of requests in flight, which is 0.
+
+    Raises:
+        UserError: The server can't be used, a batch failed, or one request failed in three batches.
     """
     failures: Counter[int] = Counter()
-    state_path = os.path.join(output_dir, "batch.json")
-    while run.harvest.room or os.path.exists(state_path):
-        if os.path.exists(state_path):
-            state = jload(state_path)
-            check_settings(state_path, state["settings"], {"model": run.model, **run.settings})
-        else:
-            indices, lines = _requests(run, client)
-            if not indices:
-                break
-            state = {"tag": uuid.uuid4().hex, "settings": {"model": run.model, **run.settings}, "indices": indices}
-            state.update(api=client.api, batch_id=None, input_file_id=await _upload(client, lines))
-            jdump(state, state_path)
-        if state["batch_id"] is None:
-            state["batch_id"] = await _create(client, state)
-            jdump(state, state_path)
-            run.log(f"Batch {state['batch_id']}: {len(state['indices'])} requests, kept in {state_path}.")
+    path = _state_path(run.config.output_dir)
+    while run.harvest.remaining or os.path.exists(path):
+        state = await _resume_or_start(run, client, path)
+        if state is None:
+            break
         try:
-            batch = await _finished(run, client, state)
+            batch = await _finished(client, state)
             answers, errors = await _results(client, batch, state["indices"])
         except UserError as error:
             raise UserError(
-                f"{error}; the same command takes the batch up again, or asks and pays anew if {state_path} is deleted"
+                f"{error}; run the same command to try this batch again, or delete {path} to ask and pay anew"
             ) from error
         run.take({index: answer for index, answer in answers.items() if index not in run.journal.records})
-        os.unlink(state_path)
+        os.unlink(path)
         failures.update(list(errors))
         _check_errors(run, client, state, batch, answers, errors, failures)
-        run.commit()
-        run.show(run)
+        run.harvest_answers()
+        show(0)
+    return Outcome(run.stopped)
+
+
+async def _resume_or_start(run: Run, client: Client, path: str) -> dict[str, Any] | None:
+    """Returns the state of the batch that batch.json describes, or of a new one; None if no request may be sent.
+
+    The state holds `tag` (the batch's mark at the server), `settings`, `indices` (of its requests), `api`,
+    `input_file_id` and `batch_id`.
+    """
+    settings = {"model": run.model, **run.settings}
+    if os.path.exists(path):
+        state = jload(path)
+        check_settings(path, state["settings"], settings)
+    else:
+        indices, lines = _requests(run, client)
+        if not indices:
+            return None
+        state = {"tag": uuid.uuid4().hex, "settings": settings, "indices": indices}
+        state.update(api=client.api, batch_id=None, input_file_id=await _upload(client, lines))
+        jdump(state, path)
+    if state["batch_id"] is None:
+        state["batch_id"] = await _create(client, state)
+        jdump(state, path)
+        client.log(f"Batch {state['batch_id']}: {len(state['indices'])} requests, noted in {path}.")
+    return state
 
 
 def _requests(run: Run, client: Client) -> tuple[list[int], list[bytes]]:
-    """Indices and lines of the next batch: as many as will probably do, the limits permitting."""
+    """Returns indices and lines of the next batch: as many as are probably needed, within the limits."""
     indices: set[int] = set()
     lines: list[bytes] = []
     index, size = -1, 0
-    for _ in range(min(MAX_REQUESTS, run.expected_requests(_ASSUMED_KEPT_PER_ANSWER))):
+    for _ in range(min(MAX_REQUESTS, run.requests_needed(_ASSUMED_KEPT_PER_ANSWER))):
         index = run.next_request(indices, index + 1)
         if index is None:
             break
-        api, body = client.request(run.prompts[index], run.model, run.parameters)
+        api, body = client.request(run.prompt_of(index), run.model, run.parameters)
         request = {"custom_id": str(index), "method": "POST", "url": _ENDPOINTS[api], "body": body}
         line = json.dumps(request, ensure_ascii=False).encode() + b"\n"
         size += len(line)
@@ -90,6 +123,8 @@ async def _upload(client: Client, lines: list[bytes]) -> str:
 
 
 async def _create(client: Client, state: dict[str, Any]) -> str:
+    """Creates the batch, or finds it by its tag if a crash came between its creation and the note of its id."""
+
     async def find_or_create() -> str:
         for batch in (await client.openai.batches.list(limit=100)).data:
             if (batch.metadata or {}).get("alpaca_run") == state["tag"]:
@@ -105,8 +140,8 @@ async def _create(client: Client, state: dict[str, Any]) -> str:
     return await client.patiently(find_or_create)
 
 
-async def _finished(run: Run, client: Client, state: dict[str, Any]) -> Any:
-    """Waits for the batch, asking ever more rarely, up to once a minute."""
+async def _finished(client: Client, state: dict[str, Any]) -> Any:
+    """Waits for the batch, polling after 1 s, 1.5 s, 2.25 s and so on up to once a minute."""
     pause, said = 1.0, None
     while True:
         batch = await client.patiently(lambda: client.openai.batches.retrieve(state["batch_id"]))
@@ -115,7 +150,7 @@ async def _finished(run: Run, client: Client, state: dict[str, Any]) -> Any:
         counts = batch.request_counts
         line = f"Batch {batch.id}: {batch.status}" + (f", {counts.completed} of {counts.total} done" if counts else "")
         if line != said:
-            run.log(line)
+            client.log(line)
             said = line
         await asyncio.sleep(pause)
         pause = min(60.0, 1.5 * pause)
@@ -124,7 +159,7 @@ async def _finished(run: Run, client: Client, state: dict[str, Any]) -> Any:
 async def _results(
     client: Client, batch: Any, indices: list[int]
 ) -> tuple[dict[int, Completion], dict[int, tuple[int, dict]]]:
-    """The answers by request index, and status and error of those that failed."""
+    """Returns the answers by request index, and status and error of the requests that failed."""
     answers, errors = {}, {}
     for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
         for index, status, body in await client.patiently(partial(_result_lines, client, file_id)):
@@ -133,8 +168,8 @@ async def _results(
             except Malformed:
                 said = body.get("error") or body if isinstance(body, dict) else body
                 errors[index] = status, said if isinstance(said, dict) else {"message": str(said)}
-    if answers:  # where there are none the batch itself says why
-        absent = 0, {"message": "it is in none of the batch's files"}
+    if answers:  # without any, the batch itself says why
+        absent = 0, {"message": "it is missing from the batch's files"}
         errors = {index: errors.get(index, absent) for index in indices if index not in answers}
     return {index: answers[index] for index in indices if index in answers}, errors
 
@@ -143,7 +178,7 @@ async def _result_lines(client: Client, file_id: str) -> list[tuple[int, int, An
     """Downloads a batch's results: request index, status and body of each.
 
     Raises:
-        Malformed: a line is no result, as in half a file.
+        Malformed: A line is not a result, as in a file that was cut short.
     """
     content = await client.openai.files.content(file_id)
     results = []
@@ -162,16 +197,23 @@ async def _result_lines(client: Client, file_id: str) -> list[tuple[int, int, An
 def _check_errors(
     run: Run, client: Client, state: dict, batch: Any, answers: dict, errors: dict, failures: Counter
 ) -> None:
-    """Learns from refusals; raises where another batch would fail alike."""
-    learnt = False
+    """Learns from refusals.
+
+    Raises:
+        UserError: The next batch would fail like this one.
+    """
+    learned = False
     _, sent = client.request("", run.model, run.parameters)
     for index, (status, body) in errors.items():
         fields = {name: body.get(name) for name in ("code", "param", "type")}
-        learnt |= client.learns_from(SimpleNamespace(status_code=status, body=body, **fields), sent, state["api"])
-        if failures[index] >= _TRIES or not (learnt or answers):
+        error = SimpleNamespace(status_code=status, body=body, **fields)
+        if lesson := client.lesson(error, sent, state["api"]):
+            client.learn(lesson)
+            learned = True
+        if failures[index] >= _TRIES or not (learned or answers):
             said = " ".join(str(body.get("message") or body).split())[:300]
             raise UserError(f"batch {batch.id}, request {index} failed with status {status}: {said}")
-    if not answers and not learnt:
+    if not answers and not learned:
         said = (
             "; ".join(error.message or "" for error in (batch.errors.data or [])) if batch.errors else "no reason given"
         )

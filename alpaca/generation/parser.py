@@ -22,6 +22,8 @@ _HALF_A_HEADING = re.compile(r"\s*(\*\*)?(\d+[.)]?)?\s*(\*\*)?\w{0,11}\s*\Z")
 _NO_INPUT = re.compile(
     r"[<(\[]?\s*(no[ _-]?input( (is )?(needed|required|provided|necessary))?|n/?a|none)\s*[>)\]]?\.?\Z", re.IGNORECASE
 )
+# Why a stretch of text is not a task: it lacks a field, or the answer ends before it does.
+PROBLEMS = ("malformed", "truncated")
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 

@@ -2,69 +2,84 @@
 
 import sys
 import time
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from alpaca.generation.dispatch import Run
 from alpaca.generation.harvest import Harvest
+from alpaca.generation.spending import Spending
+
+_SECONDS_BETWEEN_LINES, _SECONDS_BETWEEN_FRAMES = 10, 0.1
+
+
+def log(line: str) -> None:
+    """Prints a line to stderr, above the bar if there is one."""
+    tqdm.write(line, file=sys.stderr)
 
 
 class Progress:
-    """A bar of the tasks kept on a terminal, now and then a plain line elsewhere; both on stderr."""
+    """A bar on a terminal, a plain line every ten seconds elsewhere; both on stderr."""
 
-    def __init__(self) -> None:
-        """Shows nothing before the first `show`."""
-        self._bar: tqdm | None = None
-        self._said = 0.0
+    def __init__(self, harvest: Harvest, spending: Spending) -> None:
+        """Takes what to show; the bar begins at the tasks that were kept before this invocation."""
+        self._harvest, self._spending = harvest, spending
+        self._began, self._first, self._shown = time.monotonic(), len(harvest.kept), 0.0
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=harvest.target, initial=self._first, unit=" tasks", disable=not on_terminal, dynamic_ncols=True
+        )
 
-    def log(self, line: str) -> None:
-        """Prints a line, above the bar where there is one."""
-        tqdm.write(line, file=sys.stderr)
-
-    def show(self, run: Run) -> None:
-        """Brings the bar up to date; it begins at the tasks that an earlier sitting kept."""
-        harvest, spent, kept = run.harvest, run.spending, len(run.harvest.kept)
-        if self._bar is None:
-            off = not sys.stderr.isatty()
-            self._bar = tqdm(total=harvest.target, initial=kept, unit=" tasks", disable=off, dynamic_ncols=True)
-            self._began, self._first = time.monotonic(), kept
-        figures = f"{run.in_flight} requests in flight, {harvest.kept_per_answer:.1f} tasks kept of each"
+    def show(self, in_flight: int) -> None:
+        """Brings the bar up to date, or prints a line, unless it has just done so."""
+        harvest, spent, kept = self._harvest, self._spending, len(self._harvest.kept)
+        now = time.monotonic()
+        pause = _SECONDS_BETWEEN_LINES if self._bar.disable else _SECONDS_BETWEEN_FRAMES
+        if now - self._shown < pause and harvest.remaining:
+            return
+        self._shown = now
+        figures = f"{in_flight} requests in flight, {harvest.kept_per_answer:.1f} tasks kept of each"
         figures += f", {sum(spent.tokens):,} tokens"
         if spent.prices and kept:
             figures += f", ${spent.cost / kept:.5f} a task"
-        now = time.monotonic()
-        if now - self._said < (10 if self._bar.disable else 0.1) and harvest.room:
-            return
-        self._said = now
         if not self._bar.disable:
             self._bar.n = kept
             self._bar.set_postfix_str(figures)
         else:
             pace = (kept - self._first) / max(now - self._began, 1e-9)
-            left = f", {harvest.room / pace / 60:.0f} min left" if pace and harvest.room else ""
-            self.log(f"{kept} of {harvest.target} tasks kept, {figures}{left}")
+            left = f", {harvest.remaining / pace / 60:.0f} min left" if pace and harvest.remaining else ""
+            log(f"{kept} of {harvest.target} tasks kept, {figures}{left}")
 
-    def close(self) -> None:
-        """Leaves the bar standing."""
-        if self._bar is not None:
-            self._bar.close()
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()  # the bar stays on the screen
 
 
-def closing_table(run: Run) -> str:
-    """What was asked for, what came of it, and what it cost; the answers of earlier sittings included."""
-    spent, kept = run.spending, len(run.harvest.kept) - run.harvest.earlier
-    cost, each = "unknown", f"no price for {run.model}: give --price_input and --price_output"
-    if spent.prices:
-        cost, each = f"${spent.cost:.4f}", f"${spent.cost / kept:.6f} a task" if kept else ""
+def closing_table(harvest: Harvest, spending: Spending, model: str, answers: int, new_answers: int) -> str:
+    """Sums up a run, the answers of earlier invocations included.
+
+    Args:
+        harvest: The tasks.
+        spending: What they cost.
+        model: The model that was asked, for a hint about unknown prices.
+        answers: Answers in the journal.
+        new_answers: Those that came in this invocation.
+    """
+    kept = len(harvest.kept) - harvest.earlier
+    cost, each = "unknown", f"no price for {model}: give --price_input and --price_output"
+    if spending.prices:
+        cost, each = f"${spending.cost:.4f}", f"${spending.cost / kept:.6f} a task" if kept else ""
+    prompt_tokens, completion_tokens = spending.tokens
     return table(
-        run.harvest,
-        [("requests answered", len(run.journal.records), f"{run.requested:,} in this sitting")],
-        [("prompt tokens", spent.tokens[0], ""), ("completion tokens", spent.tokens[1], ""), ("cost", cost, each)],
+        harvest,
+        [("requests answered", answers, f"{new_answers:,} in this invocation")],
+        [("prompt tokens", prompt_tokens, ""), ("completion tokens", completion_tokens, ""), ("cost", cost, each)],
     )
 
 
-def table(harvest: Harvest, above: list[tuple], below: list[tuple] = ()) -> str:
-    """What became of the tasks, line by line, between further lines of name, figure and note."""
+def table(harvest: Harvest, above: Sequence[tuple], below: Sequence[tuple] = ()) -> str:
+    """Lays out what became of the tasks, between further rows of name, figure and note."""
     kept = len(harvest.kept) - harvest.earlier
     rows = [
         *above,
