@@ -69,8 +69,7 @@ def find_objection(instruction: str, output: str, config: Config) -> str | None:
         return "too_short"
     if words > config.max_words:
         return "too_long"
-    keywords = [re.escape(word.strip()) for word in config.keywords.split(",") if word.strip()]
-    if any(find_word_in_string(word, instruction) for word in keywords):
+    if config.keyword_pattern and find_word_in_string(config.keyword_pattern, instruction):
         return "keyword"
     if instruction.startswith("Write a program"):
         return "write_a_program"

@@ -156,7 +156,7 @@ TASK = {"id": "a", "name": "n", "instruction": "Name a river.", "instances": [{"
 @pytest.mark.parametrize(
     ("second", "complaint"),
     [
-        (TASK, "line 2: the id 'a' stands at {path}, line 1 already"),
+        (TASK, "line 2: duplicate id 'a', first used at {path}, line 1"),
         ({"id": "b", "instruction": "x"}, "line 2: 'instances' must be a list .*, found the fields id, instruction"),
         (
             {**TASK, "id": "b", "instances": []},

@@ -1,8 +1,10 @@
 """The settings of a run, made once from the command's flags and checked here."""
 
 import contextlib
+import functools
 import json
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +81,11 @@ class Config:
         if prices and min(prices) < 0:
             raise UserError(f"--price_input and --price_output must be 0 or more, found {prices[0]}, {prices[1]}")
         self.request_parameters()  # raises if logit_bias is malformed
+
+    @functools.cached_property
+    def keyword_pattern(self) -> str:
+        """The keywords as one regular expression, "image, map" as "image|map"; "" if there are none."""
+        return "|".join(re.escape(word.strip()) for word in self.keywords.split(",") if word.strip())
 
     def request_parameters(self) -> dict[str, Any]:
         """Returns what every request carries besides its prompt and the model, by OpenAI's names."""

@@ -1,8 +1,13 @@
-"""ROUGE-L of new instructions against all instructions so far: exact to the last bit, without a loop over pairs.
+r"""ROUGE-L of new instructions against all earlier ones: exact to the last bit, without a loop over pairs.
 
-The original asked rouge_score for one pair at a time in a fresh process pool per candidate. Here every token is one
-character, so that rapidfuzz's bit-parallel longest common subsequence compares a whole round with the whole pool at
-once; the F measure is then computed by rouge_score's own float64 formula. `benchmarks/dedup.py` measures both.
+The original called rouge_score for one pair at a time, with a new process pool for every candidate. Here each distinct
+token becomes one character, so rapidfuzz's bit-parallel longest common subsequence (LCS) compares all candidates of an
+answer with the whole pool at once:
+
+    "Name two primes." -> tokens name, two, primes   -> "\0\1\2"
+    "Name two odd primes." -> name, two, odd, primes -> "\0\1\3\2", LCS 3, F = 2 * 3/4 * 3/3 / (3/4 + 3/3) = 0.857
+
+The F measure is computed by rouge_score's own float64 formula. `benchmarks/dedup.py` measures both ways.
 """
 
 import os
@@ -11,20 +16,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Surrogates may not stand in a Python string that rapidfuzz encodes; the code points around them may.
+# rapidfuzz can't encode surrogates (U+D800 to U+DFFF), so token 55,296 and later ones become characters after them.
 _FIRST_SURROGATE, _SURROGATES = 0xD800, 0x800
 
 
 @dataclass
 class Verdict:
-    """What the pool said about one candidate.
+    """The result for one candidate.
 
     Attributes:
-        kept: it is in the pool now.
-        nearest: the most similar instruction, None where the pool was empty.
-        score: its ROUGE-L F measure.
-        most_similar: for a kept candidate, its ten nearest instructions and their scores, best first.
-        mean: for a kept candidate, the mean score over the pool.
+        kept: True if it has joined the pool.
+        nearest: The most similar instruction, None if the pool was empty.
+        score: The ROUGE-L F measure with it, 0 to 1.
+        most_similar: The ten most similar instructions and their scores, best first; None if not kept.
+        mean: The mean score over the pool; 0 if not kept.
     """
 
     kept: bool
@@ -35,14 +40,14 @@ class Verdict:
 
 
 class RougePool:
-    """The instructions that a new one must differ from, kept encoded."""
+    """The instructions that a new one must differ from, with their encoded forms."""
 
     def __init__(self, instructions: Sequence[str] = (), workers: int = 0) -> None:
         """Encodes the first instructions.
 
         Args:
-            instructions: the seed instructions and what was kept before; they aren't compared with one another.
-            workers: threads that compare; all cores when 0.
+            instructions: The instructions to begin with. They aren't compared with one another.
+            workers: Threads that compare, at most one per core; one per core if 0.
         """
         self.instructions: list[str] = []
         self._workers = min(workers or 10**6, os.cpu_count() or 1)
@@ -58,15 +63,15 @@ class RougePool:
         return len(self.instructions)
 
     def screen(
-        self, candidates: Sequence[str], threshold: float, room: int, eligible: Sequence[bool] | None = None
+        self, candidates: Sequence[str], threshold: float, limit: int, eligible: Sequence[bool] | None = None
     ) -> list[Verdict]:
         """Judges candidates one after the other; each kept one joins the pool before the next is judged.
 
         Args:
-            candidates: new instructions, in order.
-            threshold: a candidate with an F measure above it (not equal to it) is dropped.
-            room: how many may be kept.
-            eligible: for each candidate, whether it may be kept at all; the others are only scored.
+            candidates: New instructions, in order.
+            threshold: Drop a candidate with an F measure above this (not equal to it).
+            limit: Keep at most this many.
+            eligible: For each candidate, False if it must not be kept and is only scored.
 
         Returns:
             A verdict for each candidate.
@@ -79,9 +84,9 @@ class RougePool:
             scores = self._scores(overlap, len(encoded[i]))
             verdict = Verdict(kept=False, nearest=None, score=0.0)
             if len(scores):
-                best = len(scores) - 1 - int(np.argmax(scores[::-1]))  # of equals the latest, as in _ten_best
+                best = len(scores) - 1 - int(np.argmax(scores[::-1]))  # the latest of equals, as in _ten_best
                 verdict.nearest, verdict.score = self.instructions[best], float(scores[best])
-            if verdict.score <= threshold and len(joined) < room and (eligible is None or eligible[i]):
+            if verdict.score <= threshold and len(joined) < limit and (eligible is None or eligible[i]):
                 verdict.kept = True
                 verdict.most_similar = {self.instructions[j]: float(scores[j]) for j in _ten_best(scores)}
                 verdict.mean = float(np.mean(scores)) if len(scores) else 0.0
@@ -91,7 +96,7 @@ class RougePool:
         return verdicts
 
     def nearest_scores(self) -> np.ndarray:
-        """The F measure of each instruction of the pool with its nearest other one; shape (n,), 0 for a lone one."""
+        """Returns each instruction's F measure with its most similar other one: shape (n,), 0 for a lone one."""
         scores = np.zeros(len(self))
         for start in range(0, len(self), 1000):  # a block of rows at a time: 52,000 squared would be 2.7 GB
             overlaps = self._common_subsequences(self._encoded[start : start + 1000])[:, : len(self)]
@@ -101,9 +106,14 @@ class RougePool:
         return scores
 
     def _scores(self, overlap: np.ndarray, length: int) -> np.ndarray:
-        """The F measures of a candidate of so many tokens with the whole pool.
+        """Returns the F measures of one candidate with the whole pool.
 
-        They depend on two small numbers, so that in a large pool looking them up takes a third of computing them.
+        For a candidate they depend on two small numbers only, the LCS and the other's length, so in a large pool a
+        table lookup takes a third of the time that computing takes.
+
+        Args:
+            overlap: LCS of the candidate with each instruction of the pool, shape (n,).
+            length: Tokens of the candidate.
         """
         lengths = self._lengths[: len(self)]
         width = self._longest + 1
@@ -113,14 +123,14 @@ class RougePool:
         return np.take(table, overlap.astype(np.int64) * width + lengths)
 
     def _common_subsequences(self, encoded: list[str]) -> np.ndarray:
-        """Longest common subsequences of the candidates (rows) with the pool and then with themselves (columns)."""
+        """Returns the LCS of each candidate with the pool and the candidates, shape (candidates, pool + candidates)."""
         from rapidfuzz.distance import LCSseq
         from rapidfuzz.process import cdist
 
-        longest = max(map(len, encoded), default=0)  # a common subsequence is no longer than the candidate
+        longest = max(map(len, encoded), default=0)  # the LCS is no longer than the candidate
         dtype = np.uint8 if longest < 256 else np.uint16 if longest < 65536 else np.int32
         everything = self._encoded + encoded
-        # A call this small is over before threads have started; larger ones share the cores.
+        # A call this small ends before threads would have started; a larger one uses all of them.
         workers = 1 if len(encoded) * len(everything) < 2_000_000 else self._workers
         return cdist(encoded, everything, scorer=LCSseq.similarity, dtype=dtype, workers=workers)
 
@@ -144,19 +154,19 @@ class RougePool:
 
 
 def f_measure(overlap: np.ndarray, pool_lengths: np.ndarray, length: int) -> np.ndarray:
-    """ROUGE-L's F measure in the very operations of rouge_score 0.1.2 (`_score_lcs`, `scoring.fmeasure`).
+    """Computes ROUGE-L's F measure by the same operations as rouge_score 0.1.2 (`_score_lcs`, `scoring.fmeasure`).
 
     The algebraically equal 2*lcs/(m+n) rounds differently and flips decisions at exactly 0.7 (lcs 7, lengths 7 and 13).
 
     Args:
-        overlap: integers: length of the longest common subsequence with each instruction of the pool.
-        pool_lengths: integers of a shape that broadcasts with it: tokens of each instruction of the pool.
-        length: tokens of the candidate.
+        overlap: Integers, the LCS with each instruction of the pool.
+        pool_lengths: Integers of a shape that broadcasts with it, the tokens of each instruction of the pool.
+        length: Tokens of the candidate.
 
     Returns:
-        float64; 0 where a side has no tokens or nothing is shared.
+        float64 from 0 to 1; 0 if a side has no tokens or nothing is shared.
     """
-    precision = overlap / np.maximum(pool_lengths, 1)  # without tokens nothing is shared: 0 / 1
+    precision = overlap / np.maximum(pool_lengths, 1)  # 0 / 1 for an instruction without tokens
     recall = overlap / max(length, 1)
     total = precision + recall
     scores = 2 * precision * recall
@@ -164,7 +174,10 @@ def f_measure(overlap: np.ndarray, pool_lengths: np.ndarray, length: int) -> np.
 
 
 def _ten_best(scores: np.ndarray) -> np.ndarray:
-    """Like np.argsort(scores, kind="stable")[-10:][::-1], without sorting the whole pool."""
+    """Returns np.argsort(scores, kind="stable")[-10:][::-1] without sorting the whole pool.
+
+    The floor sinks by a fifth from the best score until ten scores reach it (0.5, 0.4, 0.32, ...); these are sorted.
+    """
     floor = scores.max(initial=0.0)
     high = np.flatnonzero(scores >= floor)
     while len(high) < min(10, len(scores)):

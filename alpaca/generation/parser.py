@@ -1,4 +1,4 @@
-r"""From a completion's text to tasks: what the original's rules find, and what they lost for a heading's sake.
+r"""Finds the tasks in a completion: those that the original's rules find, and those it lost to an odd heading.
 
 " Name a prime.\n4. Input:\n<noinput>\n4. Output:\n7\n###\n5. Instruction: ..."
 -> [ParsedTask("Name a prime.", "", "7"), ...]
@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 _FIELD = r"(?P<field>Instruction|Input|Output|INSTRUCTION|INPUT|OUTPUT)[ \t]*(?P<closing>\*\*|__)?[ \t]*:"
-# "4. Instruction:", "**4. Input:**", "4) **Output**:", "### 4. Instruction:", "Task 4 - Input:"; at line starts only.
+# "4. Instruction:", "**4. Input:**", "4) **Output**:", "### 4. Instruction:", "Task 4 - Input:"; only at line starts.
 _NUMBERED = re.compile(
     r"^[ \t>]*(?P<hashes>#{1,6})?[ \t]*(?P<opening>\*\*|__)?(?:Task[ \t]+)?"
     rf"(?P<number>\d+)[ \t]*[.):-]?[ \t]*(?P<inner>\*\*|__)?{_FIELD}",
@@ -17,14 +17,16 @@ _NUMBERED = re.compile(
 _UNNUMBERED = re.compile(
     rf"^[ \t>]*(?P<hashes>#{{1,6}})?[ \t]*(?P<opening>\*\*|__)?(?P<number>)(?P<inner>){_FIELD}", re.MULTILINE
 )
+# For answers without any number: "Instruction:", "**Input:**", "### Output:".
 _SEPARATOR = re.compile(r"^[ \t]*#{3,}[ \t]*$", re.MULTILINE)
+# The start of a heading at which an answer was cut: "", "5", "5. Instr", "**5. In".
 _HALF_A_HEADING = re.compile(r"\s*(\*\*)?(\d+[.)]?)?\s*(\*\*)?\w{0,11}\s*\Z")
 _NO_INPUT = re.compile(
     r"[<(\[]?\s*(no[ _-]?input( (is )?(needed|required|provided|necessary))?|n/?a|none)\s*[>)\]]?\.?\Z", re.IGNORECASE
 )
-# Why a stretch of text is not a task: it lacks a field, or the answer ends before it does.
-PROBLEMS = ("malformed", "truncated")
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+
+PROBLEMS = ("malformed", "truncated")  # why a stretch of text is not a task
 
 
 @dataclass
@@ -32,10 +34,10 @@ class ParsedTask:
     """A task found in a completion, or the stretch of text where one should have been.
 
     Attributes:
-        instruction: its text, or the whole stretch where it is malformed or truncated.
-        input: "" where none is needed.
-        output: the answer.
-        problem: None, "malformed" or "truncated".
+        instruction: Its text, or the whole stretch if there is a problem.
+        input: "" if the task needs none.
+        output: The model's answer to it.
+        problem: None, "malformed" (it lacks a field) or "truncated" (the completion ends before it does).
     """
 
     instruction: str
@@ -56,17 +58,17 @@ class _Heading:
 def parse_tasks(text: str, first_number: int, truncated: bool = False) -> list[ParsedTask]:
     """Finds the tasks in a completion.
 
-    A numbered `Instruction:` heading at a line start begins a task, whether its number is the next one, repeats, skips
-    or restarts; a line of ### before it ends the task before. Inside a task only its own number's headings count, so
-    that an output may hold ### and numbered headings itself.
+    A numbered `Instruction:` heading at the start of a line begins a task, whether its number is the next one, repeats,
+    skips or restarts. A line of ### ends the task before it. Inside a task only headings with its own number count, so
+    an output may contain ### and numbered headings itself.
 
     Args:
-        text: what the model answered after the prompt's last `{first_number}. Instruction:`.
-        first_number: the number in that heading; an answer that repeats the heading is understood as well.
-        truncated: the answer was cut (by length or a content filter), so that its last task is incomplete.
+        text: The model's answer after the prompt's last `{first_number}. Instruction:`.
+        first_number: The number in that heading. An answer that repeats the heading is understood too.
+        truncated: True if the answer was cut (by length or a content filter), so that its last task is incomplete.
 
     Returns:
-        The tasks in order, those with a problem included; none for an empty text.
+        The tasks in order, including those with a problem; none for an empty text.
     """
     text = _THOUGHT.sub("", text)
     if not text.strip():
@@ -102,7 +104,12 @@ def _headings(text: str, pattern: re.Pattern) -> list[_Heading]:
 
 
 def _without_separator(text: str, marks: str) -> str:
-    """The text without the ### (or, where tasks are separated by rules, --- or ***) that it ends in."""
+    """Removes the separator that the text ends in: ###, or --- or *** on a line of its own if no ### separates the tasks.
+
+    Args:
+        text: A task, and what stands between it and the next one.
+        marks: The characters of a separator.
+    """
     text = text.rstrip()
     bare = text.rstrip(marks)
     separates = len(text) - len(bare) >= 3 and (text.endswith("###") or bare.endswith("\n"))
@@ -110,7 +117,7 @@ def _without_separator(text: str, marks: str) -> str:
 
 
 def _task_starts(headings: list[_Heading], first_number: str) -> list[_Heading]:
-    """The headings that begin a task, after the prompt's own `Instruction:`, which stands before the text."""
+    """Returns the headings that begin a task. The first is the prompt's own, just before the text."""
     has_separators = any(heading.separated for heading in headings)
     starts = [_Heading(first_number, "instruction", 0, 0, True)]
     fields = set()
@@ -119,7 +126,7 @@ def _task_starts(headings: list[_Heading], first_number: str) -> list[_Heading]:
             fields.add(heading.field)
             continue
         step = int(heading.number) - int(starts[-1].number) if heading.number else 0
-        # Where ### separates tasks, a smaller number without it is an example inside an output.
+        # If ### separates the tasks, a smaller number without ### is an example inside an output.
         unseparated = step == 1 or ("output" in fields and (step > 0 or not has_separators))
         if heading.separated or unseparated or (len(starts) == 1 and not fields):
             starts.append(heading)
@@ -128,12 +135,12 @@ def _task_starts(headings: list[_Heading], first_number: str) -> list[_Heading]:
 
 
 def _is_preamble(text: str, following: _Heading, first_number: int) -> bool:
-    """Whether what stands before the first heading introduces the list ("Sure, here are 20 tasks:") or is no task."""
+    """True if the text before the first heading is no task but an introduction: "Sure, here are 20 tasks:"."""
     return not text.strip("#` \n") or not following.number or int(following.number) <= first_number
 
 
 def _end_of_text(text: str, start: int, headings: list[_Heading], truncated: bool) -> tuple[int, bool]:
-    """Where the last task ends and whether it is complete: a ### line after its last heading ends it."""
+    """Returns where the last task ends, and True if it is complete: a line of ### after its last heading ends it."""
     last_heading = max((heading.end for heading in headings), default=start)
     for separator in _SEPARATOR.finditer(text, max(start, last_heading)):
         if not truncated or _HALF_A_HEADING.match(text, separator.end()):
@@ -142,9 +149,15 @@ def _end_of_text(text: str, start: int, headings: list[_Heading], truncated: boo
 
 
 def _read_task(text: str, start: _Heading, inner: list[_Heading]) -> ParsedTask:
-    """Cuts a task, which ends where `text` does, into its fields."""
+    """Cuts a task, which ends where `text` does, into its fields.
+
+    Args:
+        text: The completion up to the task's end.
+        start: The task's `Instruction:` heading.
+        inner: The headings after it.
+    """
     own = [heading for heading in inner if heading.number == start.number]
-    if not any(heading.field == "output" for heading in own):  # numbered 4, 5, 6 through the fields of one task
+    if not any(heading.field == "output" for heading in own):  # a model may number the fields of one task 4, 5, 6
         own = [heading for heading in inner if heading.field != "instruction"]
         outputs = [heading for heading in own if heading.field == "output"]
         own = [heading for heading in own if heading.field == "input"][:1] + outputs[:1]

@@ -1,4 +1,4 @@
-"""`requests.jsonl`: one line for every answer that was paid for."""
+"""requests.jsonl: one line for every answer that was paid for."""
 
 import os
 from typing import Any
@@ -7,7 +7,10 @@ from alpaca.journal import Format, Journal, check_settings, read_journal
 
 
 def _request_index(record: Any) -> int | None:
-    """Gives a record's key if it has what a run reads of it, in the right types: a person may have edited the file."""
+    """Returns a record's index, or None if a field that runs use is missing or has the wrong type.
+
+    Somebody may have edited the file.
+    """
     usage = record.get("usage") or {"prompt_tokens": 0, "completion_tokens": 0}
     numbers = record.get("cost") or 0, usage["prompt_tokens"], usage["completion_tokens"]
     fits = (
@@ -21,7 +24,7 @@ def _request_index(record: Any) -> int | None:
     return record["request_index"] if fits else None
 
 
-# {"request_index", "prompt_sha256", "model", "settings", "text", "finish_reason", "usage", "cost"}
+# A line: {"request_index", "prompt_sha256", "model", "settings", "text", "finish_reason", "usage", "cost"}
 REQUESTS = Format("request_index", _request_index, "a record of an answer", "--output_dir")
 
 
@@ -33,19 +36,19 @@ class RequestJournal(Journal):
 
     @property
     def model(self) -> str | None:
-        """The model that gave the answers so far."""
+        """The model that gave the answers so far, None before the first one."""
         return next((record["model"] for record in self.records.values()), None)
 
     def check(self, model: str, settings: dict[str, Any]) -> None:
-        """Refuses a journal that was written under other settings.
+        """Checks that the journal was written with this model and these settings.
 
         Raises:
-            UserError: Names the first setting that differs.
+            UserError: It wasn't; the message names the first setting that differs.
         """
         for record in self.records.values():
             check_settings(self.path, {"model": record["model"], **record["settings"]}, {"model": model, **settings})
 
 
 def read_requests(path: str) -> dict[int, dict[str, Any]]:
-    """Reads a journal of requests by index, without holding it."""
+    """Reads a journal's records by index, without locking it."""
     return read_journal(path, REQUESTS)[0]
