@@ -1,4 +1,4 @@
-"""Append-only JSON Lines files: a record is on the disk before it is used, and one run at a time writes the file."""
+"""Append-only JSON Lines files: every record is on the disk before it is used, and one run at a time may write."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ class Format:
     """What the lines of one kind of journal look like.
 
     Attributes:
-        first_field: The name that every line begins with, as in `{"request_index": `. A torn last line is cut off only
-            if it begins like that too: any other file is somebody else's.
-        key: Gives a record's key; None, or a KeyError, TypeError or AttributeError, means that it is no such record.
-        what: What a line is called in messages, as in "a record of an answer".
-        flag: The flag that names another place for the file.
+        first_field: The name that every line begins with, as in `{"request_index": `. A last line that a crash cut
+            short is removed only if it begins like that, because otherwise the file is somebody else's.
+        key: Returns a record's key. None, a KeyError, a TypeError or an AttributeError means that it is no record.
+        what: What messages call a line, as in "a record of an answer".
+        flag: The flag with which the user can name another file, for messages.
     """
 
     first_field: str
@@ -29,35 +29,35 @@ class Format:
     flag: str
 
     def key_of(self, record: Any) -> Hashable:
-        """Gives a record's key, or None if it is no such record."""
+        """Returns a record's key, or None if it is no record of this format."""
         try:
             return self.key(record)
         except (KeyError, TypeError, AttributeError):
             return None
 
     def begins_like_a_line(self, torn: bytes) -> bool:
-        """Tells a line of ours that a crash cut short from the text of another file.
+        """True if this may be a line that a crash cut short, rather than the text of another file.
 
         Example:
-            with first_field "key", b'{"ke' and b'{"key": "a1' begin like a line; b'[1,' doesn't.
+            With first_field "key", b'{"ke' and b'{"key": "a1' begin like a line; b'[1,' doesn't.
         """
         start = b'{"%s": ' % self.first_field.encode()
         return torn.startswith(start[: len(torn)])
 
 
 class Journal:
-    """A journal held open and locked by one run.
+    """A journal that one run holds open and locked.
 
     Attributes:
         path: The file.
-        records: Key -> record, those found in the file and those appended since, in the file's order.
+        records: Key -> record in the file's order: those found in it, then those appended.
     """
 
     def __init__(self, path: str, format: Format) -> None:
-        """Opens the file, or makes it, and reads what it holds; a last line that a crash tore is cut off.
+        """Opens or creates the file and reads its records. A last line that a crash cut short is removed.
 
         Raises:
-            UserError: Another run holds the file, or a line in it is no record of this format.
+            UserError: Another run holds the file, or a line is no record of this format.
         """
         self.path, self.format = path, format
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -68,17 +68,17 @@ class Journal:
             size = os.fstat(self._file).st_size
             if whole < size:
                 os.ftruncate(self._file, whole)
-            elif size and os.pread(self._file, 1, size - 1) != b"\n":  # the last line lacks its end and nothing else
+            elif size and os.pread(self._file, 1, size - 1) != b"\n":  # a whole record without its newline
                 os.write(self._file, b"\n")
         except BaseException:
             os.close(self._file)
             raise
 
     def append(self, records: list[dict[str, Any]]) -> None:
-        """Adds records and returns when they are on the disk; a full disk leaves the file as it was.
+        """Adds records and returns when they are on the disk.
 
         Raises:
-            OSError: The disk is full or broken.
+            OSError: The disk is full or broken. The file is as it was before.
         """
         data = memoryview("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
         size = os.fstat(self._file).st_size
@@ -92,7 +92,7 @@ class Journal:
         self.records.update((self.format.key(record), record) for record in records)
 
     def close(self) -> None:
-        """Gives the file and its lock back; a file without a record is removed."""
+        """Closes the file, which unlocks it, and removes it if it is empty."""
         with contextlib.suppress(OSError):
             if not self.records and not os.fstat(self._file).st_size:
                 os.unlink(self.path)
@@ -106,13 +106,13 @@ class Journal:
 
 
 def read_journal(path: str, format: Format) -> tuple[dict[Hashable, dict[str, Any]], int]:
-    """Reads a journal without holding it.
+    """Reads a journal without locking it.
 
     Returns:
-        Key -> record, and the number of bytes that hold whole records: all but a torn last line.
+        Key -> record, and the number of bytes that hold whole records: all but a last line that was cut short.
 
     Raises:
-        UserError: A line is no record, or a key stands twice; the message has the line's number.
+        UserError: A line is no record, or its key is a duplicate. The message has the line's number.
     """
     try:
         with open(path, "rb") as file:
@@ -142,10 +142,10 @@ def read_journal(path: str, format: Format) -> tuple[dict[Hashable, dict[str, An
 
 
 def check_settings(path: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Compares the settings under which a file was written with those of this run.
+    """Checks that a file was written with the settings of this run.
 
     Raises:
-        UserError: Names the first setting that differs; of long values (hashes of files) it says only that they do.
+        UserError: Names the first setting that differs, without its value if that is long, like the hash of a file.
     """
     for name in sorted(found.keys() | wanted.keys()):
         have, want = found.get(name), wanted.get(name)

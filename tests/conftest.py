@@ -5,6 +5,8 @@ import signal
 
 import pytest
 
+pytest_plugins = ["generation_runs"]  # its fixtures serve both generate_instruction.py's tests and its wing's
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 

@@ -104,7 +104,7 @@ def _headings(text: str, pattern: re.Pattern) -> list[_Heading]:
 
 
 def _without_separator(text: str, marks: str) -> str:
-    """Removes the separator that the text ends in: ###, or --- or *** on a line of its own if no ### separates the tasks.
+    """Removes the separator at the end: ###, or --- or *** on its own line if no ### separates the tasks.
 
     Args:
         text: A task, and what stands between it and the next one.
