@@ -1,4 +1,4 @@
-"""completions.py: what a client learns from a server, what it waits for, and when it gives up, over real HTTP."""
+"""alpaca/client.py: what a client learns from a server, what it waits for, and when it gives up, over real HTTP."""
 
 import asyncio
 import email.utils
@@ -93,6 +93,20 @@ def test_parameters_without_another_name_are_left_out(server):
     assert sent(server)[-2:] == [[], []]
     assert len(lines) == 5
     assert len(server.requests) == 7
+
+
+def test_asking_what_a_refusal_teaches_changes_nothing_and_learning_it_twice_says_it_once(server):
+    lines = []
+    client = Client(server.base_url, log=lines.append)
+    error = SimpleNamespace(status_code=400, code=None, param=None, body="Unsupported parameter: 'max_tokens'")
+    before = client.request(PROMPT, "tiny", {"max_tokens": 9})
+    lesson = client.lesson(error, before[1], "chat")
+    assert lesson == client_module.Lesson(refused="max_tokens")
+    assert (client.request(PROMPT, "tiny", {"max_tokens": 9}), lines) == (before, [])
+    client.learn(lesson)
+    client.learn(lesson)
+    assert client.request(PROMPT, "tiny", {"max_tokens": 9})[1]["max_completion_tokens"] == 9
+    assert lines == ["The server refuses max_tokens; sending max_completion_tokens instead."]
 
 
 def test_a_wrong_value_is_an_error_and_not_left_out(server):
@@ -229,7 +243,7 @@ def test_a_slow_answer_is_given_up_and_asked_for_again(server, clock):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_waiting_cannot_mend_ends_at_the_first_call(server, fault, said):
+def test_what_waiting_cannot_cure_ends_at_the_first_call(server, fault, said):
     server.faults = [fault]
     with pytest.raises(UserError, match=said) as caught:
         ask(server)

@@ -55,6 +55,15 @@ def test_filters_of_the_original(instruction, kept):
     assert found == ([{"instruction": instruction.strip(), "input": "", "output": "ok"}] if kept else [])
 
 
+def test_rejected_tasks_come_with_their_reason_if_asked_for():
+    response = {"text": " Draw a map\n4. Input:\n<noinput>\n4. Output:\nok\n###\n5. Instr", "finish_reason": "length"}
+    found = generate_instruction.post_process_gpt3_response(3, response, with_rejected=True)
+    assert found == [
+        {"instruction": "Draw a map", "input": "", "output": "ok", "reason": "too_short"},
+    ]
+    assert generate_instruction.post_process_gpt3_response(3, response) == []
+
+
 def test_words_are_found_whole_and_in_any_case():
     assert generate_instruction.find_word_in_string("map", "A Map!")
     assert not generate_instruction.find_word_in_string("map", "maple")
@@ -76,6 +85,26 @@ def test_run_meets_its_target_exactly_and_writes_what_train_reads(folder, server
     record = journal(folder / "out")[0]
     names = ["request_index", "prompt_sha256", "model", "settings", "text", "finish_reason", "usage", "cost"]
     assert list(record) == names
+
+
+def test_public_functions_are_what_a_run_calls(folder, server, monkeypatch):
+    called = set()
+
+    def record(function):
+        def recorded(*args, **more):
+            called.add(function.__name__)
+            return function(*args, **more)
+
+        monkeypatch.setattr(generate_instruction, function.__name__, recorded)
+
+    record(generate_instruction.encode_prompt)
+    record(generate_instruction.post_process_gpt3_response)
+    record(generate_instruction.find_word_in_string)
+    generate(server)
+    assert called == {"encode_prompt", "post_process_gpt3_response", "find_word_in_string"}
+    called.clear()
+    generate_instruction.main(["replay", "--journal_path=out/requests.jsonl", "--output_dir=again"])
+    assert called == {"post_process_gpt3_response", "find_word_in_string"}
 
 
 def test_default_request_asks_for_what_the_original_asked_without_stop_or_logit_bias(folder, server):

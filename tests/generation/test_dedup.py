@@ -1,4 +1,4 @@
-"""dedup.py: scores equal rouge_score's to the last bit, and decisions the original's loop."""
+"""alpaca/generation/dedup.py: scores equal rouge_score's to the last bit, and decisions the original's loop."""
 
 import random
 
@@ -89,7 +89,7 @@ def test_ten_most_similar_are_ranked_best_first(instructions):
     assert next(iter(verdict.most_similar)) == verdict.nearest
 
 
-def test_room_and_eligibility_decide_who_joins_the_pool():
+def test_limit_and_eligibility_decide_which_candidates_join_the_pool():
     pool = RougePool(["a b c d"])
     verdicts = pool.screen(["e f g h", "i j k l", "m n o p", "q r s t"], 0.7, 2, [True, False, True, True])
     assert [verdict.kept for verdict in verdicts] == [True, False, True, False]

@@ -1,4 +1,4 @@
-"""task_parser.py: well-formed completions give what the original's rules give; others lose as little as can be."""
+"""alpaca/generation/parser.py: what the original's rules find in well-formed answers, and most of what others hold."""
 
 import random
 import re

@@ -46,3 +46,12 @@ def test_max_cost_needs_prices_and_the_table_has_some(folder, server, capsys):
     assert "--price_input" in fails(capsys, server, max_cost_usd=1)
     assert not server.requests
     assert spending.find_prices("gpt-4o-mini-2024-07-18", Config()) == (0.15, 0.6)
+
+
+def test_limit_counts_every_answer_in_flight_at_its_full_length():
+    config = Config(max_cost_usd=1.0, price_input=0.0, price_output=10.0, max_tokens=3000)  # $0.03 an answer at most
+    spent = spending.Spending(config, spending.find_prices(None, config), cost=0.9)
+    assert spent.limit_reached("prompt", in_flight=2) is None
+    assert spent.limit_reached("prompt", in_flight=3) == (
+        "--max_cost_usd 1.0 ($0.9000 spent, one more may cost $0.0300)"
+    )
