@@ -89,9 +89,8 @@ class Client:
     timeout: float = 600.0
     log: Callable[[str], None] = print
     max_tokens: int | None = field(default=None, init=False)
-    _renamed: dict[str, str | None] = field(
-        default_factory=dict, init=False
-    )  # parameter -> its new name, None if it is left out
+    # Parameter -> the name to send it under, None to leave it out: {"max_tokens": "max_completion_tokens"}
+    _renamed: dict[str, str | None] = field(default_factory=dict, init=False)
     _answered: bool = field(default=False, init=False)
     _first_api: str = field(default="chat", init=False)  # what "auto" tries
     _not_before: float = field(default=0.0, init=False)  # by time.monotonic(): no request is sent earlier
@@ -145,13 +144,11 @@ class Client:
         served = await self.served_models()
         if len(served) == 1:
             return served[0]
-        found = f"serves {_shortened(served)}" if served else f"lists no model{self._hint()}"
+        found = f"serves {_shortened(served)}" if served else f"lists no models{self._hint()}"
         raise UserError(f"{self.url} {found}; say which one with --model_name")
 
     def _hint(self) -> str:
-        return (
-            "" if self.url.endswith("/v1") else " (the --base_url of an OpenAI-compatible server usually ends in /v1)"
-        )
+        return "" if self.url.endswith("/v1") else " (the --base_url of such a server usually ends in /v1)"
 
     async def complete(self, prompt: str | list[dict], model: str, **parameters: Any) -> Completion:
         """Completes one prompt.
@@ -168,7 +165,7 @@ class Client:
         return await self.patiently(lambda: self._attempt(prompt, model, parameters))
 
     async def _attempt(self, prompt: str | list[dict], model: str, parameters: dict[str, Any]) -> Completion:
-        """Sends a prompt, in other forms too while each refusal teaches something."""
+        """Sends a prompt, and sends it again in another form for as long as refusals teach one."""
         import openai
 
         while True:

@@ -1,11 +1,12 @@
-"""A small OpenAI-compatible server that can be told to fail; answers depend on nothing but the prompt.
+"""A small OpenAI-compatible server that can be told to fail. Its answers depend on the prompt alone.
 
     python tests/openai_server.py --seconds_per_answer 1    # prints its base URL; for benchmarks/generation.py
 
-In a test: `with Server(models=["tiny"]) as server: ... server.base_url`. `server.faults` holds what goes wrong with the
-next completions, one fault each (a function of the request's body where the choice depends on it), for instance
+In a test: `with Server(models=["tiny"]) as server: ... server.base_url`. `server.faults` lists the faults of the next
+completions, one each, for instance
     {"status": 429, "error": {...}, "headers": {"Retry-After": "1"}}   {"drop": True}   {"half": True}   {"raw": "hi"}
-and `server.refuses` the parameters that it refuses for good.
+or a function from the request's body to a fault. `server.refuses` maps a parameter to the status and body with which
+every request that has it is refused.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ WORDS = _TEXT.split()
 
 
 def tasks_for(prompt: str, count: int = 17) -> list[tuple[str, str, str]]:
-    """The tasks that the server answers a prompt with: different for each prompt, the same each time."""
+    """Returns the tasks in the server's answer: different for every prompt, the same for the same prompt."""
     rng = random.Random(hashlib.sha256(prompt.encode()).hexdigest())
     tasks = []
     for _ in range(count):
@@ -43,7 +44,7 @@ def tasks_for(prompt: str, count: int = 17) -> list[tuple[str, str, str]]:
 
 
 def completion_for(prompt: str, tasks: list[tuple[str, str, str]] | None = None) -> str:
-    """A well-formed completion, as the original's model gave it."""
+    """Writes a well-formed completion, like those of the original's model."""
     first = int(re.findall(r"^(\d+)\. Instruction:", prompt, re.MULTILINE)[-1])
     text = ""
     for number, (instruction, given, output) in enumerate(tasks or tasks_for(prompt), start=first):
@@ -52,7 +53,7 @@ def completion_for(prompt: str, tasks: list[tuple[str, str, str]] | None = None)
 
 
 class Server(ThreadingHTTPServer):
-    """See the module's docstring. Counts what it was asked: `requests` holds (path, body) of each completion."""
+    """See the module's docstring. `requests` holds the path and body of every completion that was asked for."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -65,7 +66,7 @@ class Server(ThreadingHTTPServer):
         self.faults, self.refuses, self.requests, self.files, self.batches = [], {}, [], {}, {}
         self.polls_per_batch = 1
         self.answered, self.in_flight, self.most_in_flight = 0, 0, 0
-        self.began, self.ended, self.busy = None, 0.0, 0.0  # of the completions asked for, in seconds
+        self.began, self.ended, self.busy = None, 0.0, 0.0  # first request, last answer, work; seconds
         self.lock = threading.Lock()
 
     def __enter__(self):
@@ -77,16 +78,16 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address):
-        """A client that hangs up is part of many tests."""
+        """Prints errors, but not that a client has hung up: many tests do."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
     def prompts(self) -> list[str]:
-        """The prompts of all completions asked for, in order of arrival."""
+        """Returns the prompts of all requests in order of arrival."""
         return [_prompt_of(body) for _, body in self.requests]
 
     def completion(self, path: str, body: dict) -> dict:
-        """The answer's body."""
+        """Returns the body of an answer."""
         prompt = _prompt_of(body)
         answer = self.answer(prompt)
         answer = answer if isinstance(answer, dict) else {"text": answer}
@@ -100,7 +101,7 @@ class Server(ThreadingHTTPServer):
         return {"id": f"c-{uuid.uuid4()}", "object": kind, "model": body["model"], "choices": [choice], "usage": usage}
 
     def refusal(self, path: str, body: dict) -> tuple[int, dict] | None:
-        """What is wrong with a request, by the rules that this server was given."""
+        """Returns status and body if this server was told to refuse such a request, else None."""
         chat = path.endswith("/chat/completions")
         if ("chat" if chat else "completions") not in self.apis:
             return 404, {"detail": "Not Found"}
@@ -114,7 +115,7 @@ class Server(ThreadingHTTPServer):
 
 
 def unsupported(name: str, hint: str = "") -> tuple[int, dict]:
-    """OpenAI's refusal of a parameter."""
+    """Returns status and body with which OpenAI refuses a parameter."""
     message = f"Unsupported parameter: '{name}' is not supported with this model. {hint}"
     error = {"message": message, "type": "invalid_request_error", "param": name, "code": "unsupported_parameter"}
     return 400, {"error": error}
@@ -245,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, self.server.batches[name])
 
     def _work_on(self, batch):
-        """One poll brings a batch one step on: in progress, then completed."""
+        """Takes a batch one step further, as every poll does: in progress, then completed."""
         server = self.server
         batch["polls"] += 1
         if batch["status"] == "completed" or batch["polls"] <= server.polls_per_batch:
@@ -263,7 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
         for lines, field in ((good, "output_file_id"), (bad, "error_file_id")):
             if lines:
                 batch[field] = f"file-{uuid.uuid4().hex}"
-                server.files[batch[field]] = "".join(lines[::-1])  # the order of a batch's output is not its input's
+                server.files[batch[field]] = "".join(lines[::-1])  # a batch's output need not have its input's order
         batch["status"] = "completed"
 
 
@@ -271,7 +272,7 @@ if __name__ == "__main__":
     from alpaca.cli import run_cli
 
     def serve(seconds_per_answer: float = 1.0) -> None:
-        """Serves until it is killed."""
+        """Serves until the process is killed."""
         with Server(seconds_per_answer=seconds_per_answer) as server:
             print(server.base_url, flush=True)
             threading.Event().wait()
