@@ -109,8 +109,10 @@ def post_process_gpt3_response(
 
 
 def start_harvest(config: Config, seed_tasks: Sequence[dict], earlier: Sequence[dict] = ()) -> Harvest:
-    """Prepares the harvest of answers. A task is kept if it passes the filters and differs from all that came before:
-    the seed tasks, the tasks of an `earlier` run, and those kept since.
+    """Returns an empty harvest, to which answers are added in request order.
+
+    It keeps a task that passes the filters and differs from all before it: the seed tasks, the `earlier` ones that the
+    run begins with, and those kept since.
     """
     pool = RougePool([task["instruction"] for task in [*seed_tasks, *earlier]], config.num_cpus)
     read = partial(post_process_gpt3_response, config.num_prompt_instructions, config=config, with_rejected=True)

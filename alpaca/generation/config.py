@@ -60,9 +60,9 @@ class Config:
 
     # Which tasks are kept; the defaults are the original's
     similarity_threshold: float = 0.7  # drop a task whose ROUGE-L F with an earlier instruction is higher
-    min_words: int = 4  # of an instruction
-    max_words: int = 150
-    keywords: str = KEYWORDS  # comma-separated; drop an instruction with one of them, as whole words in any case
+    min_words: int = 4  # drop an instruction with fewer
+    max_words: int = 150  # drop an instruction with more
+    keywords: str = KEYWORDS  # drop an instruction with one of these, comma-separated; whole words in any case
 
     def __post_init__(self) -> None:
         for name in ("num_instructions_to_generate", "request_batch_size", "max_tokens", "num_cpus"):
