@@ -5,7 +5,7 @@ r"""Turns seed tasks into instruction-following data, with any OpenAI-compatible
 
     python -m generate_instruction replay --journal_path out/requests.jsonl --output_dir stricter --min_words 6
 
-The model is shown a few seed tasks and goes on with tasks of its own. Every answer is on the disk, in `requests.jsonl`,
+The model sees a few seed tasks and continues the list with its own. Every answer is on the disk, in `requests.jsonl`,
 before it is used. All other files in the output folder are made from that journal in request order, and can be made
 again from it. To continue an interrupted run, run the same command again.
 """
@@ -35,14 +35,14 @@ from alpaca.generation.spending import Spending, estimate, find_prices
 
 
 def encode_prompt(prompt_instructions: Sequence[dict[str, str]], prompt: str | None = None) -> str:
-    r"""Writes the prompt of one request: the header, some seed tasks, and the number of the task to go on with.
+    r"""Writes the prompt of one request: the header, some seed tasks, and the number of the next task.
 
     Args:
         prompt_instructions: Tasks with `instruction`, `input` and `output`.
         prompt: The header; the text of ./prompt.txt if None.
 
     Returns:
-        The prompt. After k tasks it ends in `###\n{k+1}. Instruction:`, which the model goes on with.
+        The prompt. After k tasks it ends in `###\n{k+1}. Instruction:`, which the model continues.
     """
     text = (read_prompt_header("./prompt.txt") if prompt is None else prompt).removesuffix("\n") + "\n"
     for number, task in enumerate(prompt_instructions, start=1):
@@ -195,7 +195,7 @@ def generate_instruction_following_data(
         try:
             outcome = asyncio.run(_ask(config, prompts, client, journal, harvest, output))
         except KeyboardInterrupt:  # while waiting for a batch; ask_live handles its own
-            print("Interrupted; the server goes on with the batch. Run the same command to continue.")
+            print("Interrupted; the server continues the batch. Run the same command to continue.")
             raise
     if outcome.failure:
         raise outcome.failure

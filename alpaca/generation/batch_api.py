@@ -61,7 +61,7 @@ async def ask_in_batches(run: Run, client: Client, show: Callable[[int], None]) 
             answers, errors = await _results(client, batch, state["indices"])
         except UserError as error:
             raise UserError(
-                f"{error}; run the same command to try this batch again, or delete {path} to ask and pay anew"
+                f"{error}; run the same command to try this batch again, or delete {path} to ask and pay again"
             ) from error
         run.take({index: answer for index, answer in answers.items() if index not in run.journal.records})
         os.unlink(path)

@@ -48,7 +48,7 @@ class Config:
     num_instructions_to_generate: int | None = 100  # tasks kept, met exactly; None: every task there is
     max_requests: int | None = None  # no request has this index or a higher one
     max_cost_usd: float | None = None  # dollars, if every answer in flight had max_tokens
-    max_tokens_total: int | None = None  # prompt and completion tokens, counted likewise
+    max_tokens_total: int | None = None  # prompt and completion tokens, counted the same way
     price_input: float | None = None  # dollars per million prompt tokens; None: from configs/prices.json
     price_output: float | None = None  # dollars per million completion tokens
     dry_run: bool = False  # send nothing at all

@@ -107,7 +107,7 @@ def _without_separator(text: str, marks: str) -> str:
     """Removes the separator at the end: ###, or --- or *** on its own line if no ### separates the tasks.
 
     Args:
-        text: A task, and what stands between it and the next one.
+        text: A task, and the text between it and the next one.
         marks: The characters of a separator.
     """
     text = text.rstrip()

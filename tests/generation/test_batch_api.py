@@ -55,7 +55,7 @@ def test_an_interrupted_batch_is_picked_up_and_not_paid_again(folder, server, kn
     assert len(jload("out/regen.json")) == 50
 
 
-def test_batches_learn_refused_parameters_and_stop_where_nothing_can_be_learnt(folder, server, capsys):
+def test_batches_learn_refused_parameters_and_stop_if_there_is_nothing_to_learn(folder, server, capsys):
     server.polls_per_batch = 0
     server.refuses["max_tokens"] = unsupported("max_tokens", "Use 'max_completion_tokens' instead.")
     generate(server, batch_api=True)
@@ -88,7 +88,7 @@ def test_half_a_file_of_results_loses_nothing(folder, server, capsys, monkeypatc
     spoil_batches(monkeypatch, halve)
     said = fails(capsys, server, batch_api=True, max_retries=0)
     assert "is no result" in said
-    assert "run the same command to try this batch again, or delete out/batch.json to ask and pay anew" in said
+    assert "run the same command to try this batch again, or delete out/batch.json to ask and pay again" in said
     for name, text in rest.items():
         server.files[name] += text
     generate(server, batch_api=True)

@@ -18,7 +18,7 @@ def test_files_that_were_there_before_are_not_overwritten(folder, server):
     generate(server, "./", num_instructions_to_generate=10)
     generate(server, "./", num_instructions_to_generate=20)
     assert (folder / "alpaca_data.json").read_text() == "[1]"
-    assert jload("regen.json")[0] == old[0]  # as in the original, a run goes on from the regen.json that it finds
+    assert jload("regen.json")[0] == old[0]  # as in the original, a run continues the regen.json that it finds
     assert len(jload("regen.json")) == len(load_examples("regen_alpaca_data.json")) == 20
 
 
