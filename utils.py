@@ -1,4 +1,4 @@
-"""The original's small shared module: the prompt templates, JSON in and out, and completions from a server.
+"""The original's small shared module: prompt templates, JSON in and out, completions from an OpenAI-compatible server.
 
 Importing it loads neither torch, transformers nor openai.
 """
@@ -16,7 +16,7 @@ __all__ = ["PROMPT_DICT", "OpenAIDecodingArguments", "jdump", "jload", "openai_c
 
 @dataclasses.dataclass
 class OpenAIDecodingArguments:
-    """How to sample, by OpenAI's names; what stands at its default here isn't sent, the first three aside."""
+    """Sampling parameters under OpenAI's names. The first three are always sent, the others only if changed."""
 
     max_tokens: int = 1800
     temperature: float = 0.2
@@ -42,26 +42,26 @@ def openai_completion(
     return_text: bool = False,
     **decoding_kwargs: Any,
 ) -> Any:
-    """Completes prompts at the server that OPENAI_BASE_URL names, or at OpenAI, with one request for each completion.
+    """Completes prompts at the server named by OPENAI_BASE_URL, or else at OpenAI, with one request per completion.
 
     Args:
-        prompts: a text, a chat message (a dict with role and content), or a list of texts, messages or conversations
+        prompts: A text, a chat message (a dict with role and content), or a list of texts, messages or conversations
             (lists of messages).
-        decoding_args: `stream` isn't supported; `n` completions take n requests.
-        model_name: the model at the server; the served one, where there is just one, when None.
-        sleep_time: unused; waits are what the server asks for.
-        batch_size: requests in flight together.
-        max_instances: prompts after that many are left out.
-        max_batches: likewise after `max_batches * batch_size` prompts.
-        return_text: texts instead of completions.
-        decoding_kwargs: further parameters of the request, `logit_bias` for instance.
+        decoding_args: How to sample. `stream` is not supported; `n` completions take n requests.
+        model_name: The model to ask for. When None, the server must serve exactly one.
+        sleep_time: Unused: the waits between retries are those the server asks for.
+        batch_size: How many requests may be in flight at once.
+        max_instances: Only this many prompts are completed.
+        max_batches: Only `max_batches * batch_size` prompts are completed.
+        return_text: Whether to return texts instead of completions.
+        decoding_kwargs: More parameters of the request, such as `logit_bias`.
 
     Returns:
-        For each prompt a completion (`.text` or `["text"]`, `finish_reason`, `usage`) or its text; a list of `n` such
-        where n > 1. For a single prompt its own, without a list around.
+        One entry per prompt, or just the entry if `prompts` is a single prompt: a completion with `.text` (or
+        `["text"]`), `finish_reason` and `usage`, or its text; for n > 1, a list of n of these.
 
     Raises:
-        UserError: in one line, why the server gives no answer.
+        UserError: Says in one line why the server gave no answer.
     """
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +77,7 @@ def openai_completion(
     default, always = OpenAIDecodingArguments(), ("max_tokens", "temperature", "top_p")
     parameters = {name: value for name, value in vars(decoding_args).items() if name not in ("n", "stream")}
     parameters = {k: v for k, v in parameters.items() if k in always or v != getattr(default, k)} | decoding_kwargs
-    with ThreadPoolExecutor(1) as thread:  # asyncio.run needs a thread without a loop; a notebook's has one
+    with ThreadPoolExecutor(1) as thread:  # asyncio.run fails in a thread that runs a loop, such as a notebook's
         completions = thread.submit(asyncio.run, complete_all(asked, model_name, batch_size, parameters)).result()
     if return_text:
         completions = [completion.text for completion in completions]

@@ -1,1 +1,1 @@
-"""What the five scripts stand on: shared rooms here, one folder for each script's own."""
+"""What the five scripts are built on: modules shared by all of them here, one subpackage for each script."""

@@ -1,4 +1,4 @@
-"""Command lines as every script here has them: checked before anything runs, a user's mistake told in one line."""
+"""The command line of every script: checked before anything runs, with one clear line for a user's mistake."""
 
 import contextlib
 import difflib
@@ -9,27 +9,28 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 
 class UserError(Exception):
-    """A user's mistake. Its text is one line: what was found, what was expected, what to do next."""
+    """A user's mistake. The message is one line: what was found, what was expected, what to do next."""
 
 
 def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> None:
-    """Runs one of several commands from the command line, the way every script here does it.
+    """Runs the command that the command line names.
 
-    The form is fire's, which also writes the help; but names, flags and types are checked before anything runs, and a
-    value takes the type of its parameter: fire would read the instruction "1,2" as a tuple. `--flag`, `--flag True`,
-    `--flag=False` and `--noflag` all set a bool. What a command returns is for Python callers and isn't printed.
+    The syntax is that of fire, which also writes the help. Names, flags and types are checked before anything runs,
+    and a value is read as the type of its parameter (fire would read the instruction "1,2" as a tuple). `--flag`,
+    `--flag True`, `--flag=False` and `--noflag` all set a bool. What a command returns is meant for Python callers
+    and is not printed.
 
     Args:
-        commands: name on the command line -> function.
-        argv: the arguments; `sys.argv[1:]` when None.
+        commands: Command name -> function.
+        argv: The arguments; `sys.argv[1:]` when None.
 
     Raises:
-        SystemExit: with status 2 and one line on stderr for a user's mistake, or a file or disk that can't be read or
-            written; 130 after Ctrl-C, 141 where nobody reads stdout any more, as shells say it.
+        SystemExit: Status 2, with one line on stderr, for a user's mistake or a file that can't be read or written;
+            130 after Ctrl-C and 141 after a broken pipe, the statuses that shells use.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -37,21 +38,21 @@ def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> Non
         if asks_help and argv[0].startswith("-"):
             _print_help(commands)
         if not argv or argv[0].startswith("-"):
-            given = f"{argv[0]!r} stands before the command" if argv else "no command given"
-            raise UserError(f"{given}; there are {', '.join(commands)} (--help tells more)")
+            found = f"{argv[0]!r} comes before the command" if argv else "no command given"
+            raise UserError(f"{found}; the commands are {', '.join(commands)} (see --help)")
         command = _nearest(argv[0].replace("-", "_"), commands, "command")
         if asks_help:
             _print_help(commands, command)
         commands[command](**_read_flags(commands[command], command, argv[1:]))
-        print(end="", flush=True)  # what a closed pipe refuses is told here and not at Python's end
+        print(end="", flush=True)  # a broken pipe shows up here rather than while Python exits
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # what reads stdout has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again as it exits
         sys.exit(141)
     except OSError as error:
-        if not error.strerror:  # of a library, in words of its own
+        if not error.strerror:  # raised by a library, not by the operating system
             raise
         print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
         sys.exit(2)
@@ -60,7 +61,7 @@ def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> Non
 
 
 def say(message: str) -> None:
-    """Prints a message to stderr, where it doesn't mix with results."""
+    """Prints a message to stderr, apart from the results on stdout."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -89,15 +90,19 @@ def _nearest(name: str, known: Mapping[str, Any], kind: str) -> str:
     if name in known:
         return name
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    hint = f"did you mean {close[0]}?" if close else f"the {kind}s are {', '.join(known)}"
     raise UserError(f"unknown {kind} {name}; {hint}")
 
 
 def _read_flags(function: Callable, command: str, arguments: list[str]) -> dict[str, Any]:
-    """Refuses unknown flags, stray values, wrong types and missing flags; the first mistake is reported.
+    """Reads a command's flags into arguments for its function.
 
-    Returns:
-        Parameter name -> value in its parameter's type.
+    Example:
+        for `def answer(instruction: str, num_beams: int = 1)`,
+        ["--instruction", "1,2", "--num-beams=3"] -> {"instruction": "1,2", "num_beams": 3}
+
+    Raises:
+        UserError: Names the first unknown flag, stray value, wrong type or missing flag.
     """
     flags = {f"--{name}": parameter for name, parameter in inspect.signature(function).parameters.items()}
     letters = Counter(flag[2] for flag in flags)
@@ -128,13 +133,12 @@ def _read_flags(function: Callable, command: str, arguments: list[str]) -> dict[
 
 
 def _accepts(parameter: inspect.Parameter, kind: type) -> bool:
-    return kind.__name__ in str(getattr(parameter.annotation, "__name__", parameter.annotation)).split(" | ") or (
-        kind in getattr(parameter.annotation, "__args__", ())
-    )
+    """Tells whether a parameter takes values of a type: `float | None` accepts float and NoneType."""
+    return kind in (get_args(parameter.annotation) or (parameter.annotation,))
 
 
 def _parse(text: str, parameter: inspect.Parameter) -> Any:
-    """Turns a flag's text into its parameter's type; a plain str annotation takes the text as it stands."""
+    """Converts a flag's text to its parameter's type; str and unannotated parameters get the text as it is."""
     if text == "None" and _accepts(parameter, type(None)):
         return None
     readers = {
@@ -153,7 +157,7 @@ def _parse(text: str, parameter: inspect.Parameter) -> Any:
 
 
 def _finite(text: str) -> float:
-    """A float, but no NaN, which passes every limit, and no infinity."""
+    """Reads a float but refuses infinity, and NaN, which would pass every comparison with a limit."""
     if not math.isfinite(number := float(text)):
         raise ValueError(text)
     return number

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, and JSON in and out."""
+"""Reading and writing files: atomic writes, locks, and JSON in and out."""
 
 import contextlib
 import errno
@@ -12,26 +12,30 @@ from typing import IO, Any
 
 from alpaca.cli import UserError
 
+# Half of a surrogate pair, such as "\ud83d" without the "\ude00" that would make it an emoji. JSON and a command line
+# can hold one, UTF-8 cannot.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Opens a file that appears under `path` whole, when the block ends without an error, or not at all.
+    """Opens a file for writing that replaces `path` only if the block ends without an error.
 
-    The bytes go to a temporary file in the same folder, are fsynced and then renamed over `path`, so that neither a
-    crash nor a full disk leaves half a file or destroys the one that was there.
+    The bytes go to a temporary file in the same folder, are fsynced, and are then renamed over `path`. A crash or a
+    full disk therefore leaves the old file, or none, but never half a file.
 
     Args:
-        path: the target; its folder is made where it is missing. A symbolic link is followed, not replaced, and a
-            file that stands there keeps its mode; what is no file, like /dev/stdout, is written to directly.
+        path: The file to write. A missing folder is created. A symbolic link is followed rather than replaced, and an
+            existing file keeps its mode. Anything but a regular file, such as /dev/stdout, is written directly.
         mode: "w" for UTF-8 text or "wb" for bytes.
 
     Yields:
         The open temporary file.
 
     Raises:
-        UserError: the folder or file can't be written, or the disk is full.
+        UserError: The folder or the file can't be written, or the disk is full.
     """
-    direct = os.path.exists(path) and not os.path.isfile(path)  # /dev/stdout can't be renamed over
+    direct = os.path.exists(path) and not os.path.isfile(path)  # renaming over /dev/stdout would replace it
     path = os.fspath(path) if direct else os.path.realpath(path)
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(4)}.tmp")
     with _refusing(path):
@@ -56,25 +60,25 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 
 @contextlib.contextmanager
 def _refusing(path: str, only_full_disk: bool = False) -> Iterator[None]:
-    """Says in one line that a file can't be written; a caller's own OSErrors inside the block pass."""
+    """Turns a failed write into a one-line error; `only_full_disk` lets the caller's other OSErrors pass."""
     try:
         yield
     except OSError as error:
         if only_full_disk and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise UserError(f"cannot write {path}: {error.strerror}; what stood there before is unchanged") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; any file already there is unchanged") from error
 
 
 def lock(descriptor: int, path: str, flag: str) -> None:
-    """Keeps other runs out of a file or folder until its descriptor is closed, which a killed process does too.
+    """Keeps other runs out of a file or folder until its descriptor is closed, as it also is when a process is killed.
 
     Args:
-        descriptor: Of the open file or folder.
-        path: Its name, for the message.
-        flag: The flag that names another place.
+        descriptor: The open file or folder.
+        path: Its path, for the message.
+        flag: The flag with which the user can name another path, for the message.
 
     Raises:
-        UserError: Another run holds it.
+        UserError: Another run holds the lock.
     """
     try:
         import fcntl
@@ -85,16 +89,16 @@ def lock(descriptor: int, path: str, flag: str) -> None:
     except BlockingIOError:
         raise UserError(f"another run is writing {path}; wait for it, or name another {flag}") from None
     except OSError:
-        pass  # a file system without locks
+        pass  # this file system has no locks
 
 
 def size_text(size: float) -> str:
-    """Writes a number of bytes for people, such as 1.5 GiB or 12.0 MiB."""
+    """Formats a number of bytes for people: 1.5 GiB, 12.0 MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def nearest_existing(path: str) -> str:
-    """Gets the deepest part of a path that is there: itself, or the nearest folder above it."""
+    """Returns the deepest part of a path that exists: the path itself or its nearest existing parent."""
     path = os.path.abspath(path)
     while not os.path.exists(path):
         path = os.path.dirname(path)
@@ -105,22 +109,23 @@ def jdump(obj: Any, f: str | os.PathLike | IO, mode: str = "w", indent: int = 4,
     """Writes a dict or list as JSON, or a string as it is.
 
     Args:
-        obj: a dict, a list or a str.
-        f: a path (written atomically; with mode "a" appended to) or an open text file, which is closed afterwards.
+        obj: A dict, a list or a str.
+        f: A path or an open text file, which is closed afterwards. A path is written atomically, or appended to with
+            mode "a".
         mode: "w" or "a".
-        indent: spaces per level.
-        default: what JSON does with a value that it doesn't know.
+        indent: Spaces per level.
+        default: Converts values that JSON has no type for.
 
     Raises:
-        ValueError: `obj` is of another type; nothing is written.
+        ValueError: `obj` has another type. Nothing is written.
     """
     if not isinstance(obj, (dict, list, str)):
         raise ValueError(f"jdump writes a dict, list or str; got {type(obj).__name__}")
     text = obj
     if not isinstance(obj, str):
         text = json.dumps(obj, indent=indent, default=default, ensure_ascii=False)
-        # Half a surrogate pair, which JSON can hold and UTF-8 can't, stays the escape as which it came.
-        text = re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match.group()):04x}", text)
+        # A lone surrogate can't be encoded as UTF-8, so it stays an escape, as it was in the JSON it came from.
+        text = LONE_SURROGATE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
     if hasattr(f, "write"):
         with f:
             f.write(text)
@@ -136,16 +141,43 @@ def jload(f: str | os.PathLike | IO, mode: str = "r") -> Any:
     """Reads one JSON value from a path or an open file, which is closed afterwards.
 
     Raises:
-        UserError: the file is missing, is no UTF-8 text or no JSON; the message has file, line and column.
+        UserError: The file is missing, not UTF-8 or not JSON. The message names file, line and column.
+    """
+    name = getattr(f, "name", "the open file") if hasattr(f, "read") else f
+    return parse_json(read_text(f, mode), name)
+
+
+def read_text(f: str | os.PathLike | IO, mode: str = "r") -> str:
+    """Reads the whole text of a path or an open file, without the byte order mark that Windows editors put first.
+
+    Raises:
+        UserError: The file can't be read or is not UTF-8.
     """
     is_file = hasattr(f, "read")
     name = getattr(f, "name", "the open file") if is_file else f
     try:
         with f if is_file else open(f, mode, encoding="utf-8-sig") as file:
-            return json.load(file)
+            text = file.read()
+            return text if isinstance(text, str) else text.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text (byte {error.start}); expected JSON") from error
+        raise UserError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def parse_json(text: str, name: str | os.PathLike, first_line: int = 1) -> Any:
+    """Parses one JSON value.
+
+    Args:
+        text: The value.
+        name: The file it comes from, for the message.
+        first_line: The line of the file that the text starts on.
+
+    Raises:
+        UserError: The text is not JSON. The message names file, line and column.
+    """
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{name}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
+        line = first_line + error.lineno - 1
+        raise UserError(f"{name}, line {line}, column {error.colno}: not JSON ({error.msg})") from error

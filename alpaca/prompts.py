@@ -1,4 +1,4 @@
-"""The training templates, to the byte: for data, for inference, and for chat servers."""
+"""The training templates, byte for byte: for training data, for inference, and for chat servers."""
 
 import json
 from collections.abc import Mapping
@@ -20,28 +20,32 @@ PROMPT_DICT = {
 
 
 def format_prompt(example: Mapping[str, Any]) -> str:
-    """Puts an example into the training template that fits it.
+    r"""Fills in the training template that fits the example.
 
     Args:
-        example: has `instruction` and may have `input`; an empty, null or absent input selects the no-input template.
+        example: Has `instruction` and may have `input`. Without an input, or with an empty or null one, the no-input
+            template is used.
 
     Returns:
-        The prompt up to and including `### Response:`, to which the model adds its answer.
+        The prompt, which ends with `### Response:`; the model continues from there.
+
+    Example:
+        {"instruction": "Add.", "input": "1, 2"} -> "Below is ... ### Instruction:\nAdd.\n\n### Input:\n1, 2 ..."
     """
-    # str.replace, not str.format: braces in the data are data.
+    # str.replace and not str.format, because the data may contain braces: "Fill in {name}." must stay as it is.
     template = PROMPT_DICT["prompt_input" if example.get("input") else "prompt_no_input"]
     head, _, tail = template.partition("{instruction}")
     return head + example["instruction"] + tail.replace("{input}", example.get("input") or "")
 
 
 def alpaca_chat_template(adds_bos: bool) -> str:
-    r"""Writes the training templates as a chat template: chat servers then prompt an Alpaca model as it was trained.
+    r"""Writes the training templates as a chat template, so that chat servers prompt an Alpaca model as in training.
 
-    One user turn, optionally answered. Content "X" takes the template without an input, and content
-    "X\n\n### Input:\nY" the one with it.
+    The template takes one user message and, optionally, its answer. The message "X" gets the template without an
+    input; "X\n\n### Input:\nY" gets the one with input Y.
 
     Args:
-        adds_bos: whether the tokenizer starts a text with BOS. Templates render special tokens themselves.
+        adds_bos: Whether the tokenizer starts a text with BOS. If so, the template must write BOS itself.
 
     Returns:
         A Jinja template.

@@ -1,4 +1,4 @@
-"""Processes that torchrun started: who speaks for all, and how a user's mistake ends them."""
+"""Several processes started by torchrun: which one prints, and how all of them stop on a user's mistake."""
 
 import os
 import sys
@@ -9,24 +9,25 @@ from alpaca.files import jdump
 
 
 def is_main() -> bool:
-    """Whether this is the first of all ranks."""
+    """Tells whether this process is rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def announce(line: str) -> None:
-    """Prints a line, once for all ranks."""
+    """Prints a line to stdout, from rank 0 only."""
     if is_main():
         print(line, flush=True)
 
 
 def refuse(error: UserError) -> None:
-    """Ends this rank with exit status 2, having said why: once for all ranks, and in torchrun's closing report.
+    """Ends this rank with exit status 2. Rank 0 prints the error, and torchrun's closing report repeats it.
 
-    torchrun prints a traceback of its own below any rank's failure. The last lines of that are what it finds here
-    (`torch.distributed.elastic.multiprocessing.errors`), or else a hint on how to get tracebacks.
+    When a rank fails, torchrun prints a traceback of its own. It ends with the message written to
+    TORCHELASTIC_ERROR_FILE (see `torch.distributed.elastic.multiprocessing.errors`), or else with a hint on how to get
+    tracebacks.
 
     Raises:
-        SystemExit: always.
+        SystemExit: Always.
     """
     if is_main():
         print(f"error: {error}", file=sys.stderr)

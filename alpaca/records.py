@@ -1,46 +1,28 @@
 """Lists of JSON objects, and instruction-following data in Alpaca's format, checked record by record."""
 
-import json
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from alpaca.cli import UserError
+from alpaca.files import LONE_SURROGATE, parse_json, read_text
 
 
 def load_records(path: str | os.PathLike) -> list[tuple[str, dict]]:
-    """Reads a list of JSON objects, from a JSON array or from JSON Lines (one object a line, blank lines skipped).
+    """Reads a list of JSON objects from a JSON array or from JSON Lines (one object per line, blank lines skipped).
 
     Returns:
-        A pair for each object: where it stands, for messages ("data.json, record 3" counted from 0 as
-        `json.load(...)[3]` is, or "data.jsonl, line 4" counted from 1 as editors do), and the object.
+        A pair for each object: its place for messages, and the object. The place is "data.json, record 3", counted
+        from 0 like `json.load(...)[3]`, or "data.jsonl, line 4", counted from 1 as editors do.
 
     Raises:
-        UserError: the file is missing, empty, not JSON, or holds something else than objects.
+        UserError: The file is missing, empty, not JSON, or holds anything but objects.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); expected JSON or JSON Lines") from error
+    text = read_text(path)
     if text.lstrip().startswith("["):
-        try:
-            found = [(f"{path}, record {i}", record) for i, record in enumerate(json.loads(text))]
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
+        found = [(f"{path}, record {i}", record) for i, record in enumerate(parse_json(text, path))]
     else:
-        found = []
-        for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand in a string
-            if line.strip():
-                try:
-                    found.append((f"{path}, line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    if not found and _is_json(text):
-                        raise UserError(f"{path} holds one JSON object; expected a list or one a line") from error
-                    raise UserError(f"{path}, line {number}, column {error.colno}: not JSON ({error.msg})") from error
+        found = _parse_lines(text, path)
     for where, record in found:
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected an object with named fields, found {type(record).__name__}")
@@ -49,10 +31,23 @@ def load_records(path: str | os.PathLike) -> list[tuple[str, dict]]:
     return found
 
 
+def _parse_lines(text: str, path: str | os.PathLike) -> list[tuple[str, Any]]:
+    found = []
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a string may contain U+2028
+        if line.strip():
+            try:
+                found.append((f"{path}, line {number}", parse_json(line, path, number)))
+            except UserError as error:
+                if not found and _is_json(text):
+                    raise UserError(f"{path} holds one JSON object; expected a list or one a line") from error
+                raise
+    return found
+
+
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except json.JSONDecodeError:
+        parse_json(text, "")
+    except UserError:
         return False
     return True
 
@@ -62,13 +57,13 @@ def load_examples(path: str | os.PathLike, *, require_output: bool = True) -> li
 
     Args:
         path: JSON (a list) or JSON Lines of objects with `instruction`, an optional `input`, and `output`.
-        require_output: whether a record without an `output`, or with an empty one, is refused.
+        require_output: Whether to refuse a record whose `output` is missing or empty.
 
     Returns:
-        The records in file order, further fields kept; a missing or null `input` becomes "".
+        The records in file order with all their fields. A missing or null `input` becomes "".
 
     Raises:
-        UserError: names the first record that is wrong and what was found there.
+        UserError: Names the first bad record and what it holds.
     """
     return [check_example(where, record, require_output=require_output) for where, record in load_records(path)]
 
@@ -77,15 +72,15 @@ def check_example(where: str, record: Mapping[str, Any], *, require_output: bool
     """Checks one record of instruction-following data.
 
     Args:
-        where: where the record stands, for the message.
-        record: the record.
-        require_output: whether a missing or empty `output` is refused.
+        where: The record's place, for the message.
+        record: The record.
+        require_output: Whether to refuse a missing or empty `output`.
 
     Returns:
-        The record, further fields kept; a missing or null `input` becomes "".
+        The record with all its fields. A missing or null `input` becomes "".
 
     Raises:
-        UserError: says where, which field, and what was found there.
+        UserError: Names the place, the field and what it holds.
     """
     example = {**record, "input": "" if record.get("input") is None else record["input"]}
     for field in ("instruction", "input", "output") if require_output else ("instruction", "input"):
@@ -101,6 +96,10 @@ def check_example(where: str, record: Mapping[str, Any], *, require_output: bool
 
 
 def check_text(what: str, text: str) -> None:
-    """Refuses a text with half a surrogate pair, which JSON and a command line can hold and no tokenizer reads."""
-    if half := re.search("[\ud800-\udfff]", text):
+    """Refuses a text with a lone surrogate, which JSON and a command line can hold but no tokenizer can read.
+
+    Raises:
+        UserError: Names the text, as `what`, and the character.
+    """
+    if half := LONE_SURROGATE.search(text):
         raise UserError(f"{what} is no text: character {half.start()} is {half.group()!a}, half of a surrogate pair")
