@@ -1,10 +1,26 @@
 """Models as whole folders: loaded with nothing missing, and read back after they were saved."""
 
+import contextlib
 import glob
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from alpaca.cli import UserError
+
+DIFF_MARK = "alpaca_weight_diff"  # in a diff's config.json: this is no model
+
+
+@contextlib.contextmanager
+def one_line_load_errors(name_or_path: str) -> Iterator[None]:
+    """Turns what transformers raises for a model that it can't load into a UserError of one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        asked = "" if os.path.exists(name_or_path) else "there is no such folder, and the Hub was asked in vain; "
+        raise UserError(f"cannot load {name_or_path}: {asked}{' '.join(str(error).split())[:300]}") from error
 
 
 def load_model(name_or_path: str, dtype: Any, cache_dir: str | None = None, device: str | None = None):
@@ -20,11 +36,10 @@ def load_model(name_or_path: str, dtype: Any, cache_dir: str | None = None, devi
         UserError: There is no such model, files are missing or broken, or a tensor is, or has another shape than the
             config says.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     placement = {"device_map": {"": device}} if device else {}
-    try:
+    with one_line_load_errors(name_or_path):
         model, info = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             cache_dir=cache_dir,
@@ -33,9 +48,6 @@ def load_model(name_or_path: str, dtype: Any, cache_dir: str | None = None, devi
             ignore_mismatched_sizes=True,
             **placement,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        asked = "" if os.path.exists(name_or_path) else "there is no such folder, and the Hub was asked in vain; "
-        raise UserError(f"cannot load {name_or_path}: {asked}{' '.join(str(error).split())[:300]}") from error
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise UserError(f"{name_or_path}: {name} has shape {tuple(found)}, its config.json says {tuple(expected)}")
     if missing := sorted(info["missing_keys"]):

@@ -22,7 +22,7 @@ sys.path.insert(0, ROOT)
 import inference  # noqa: E402
 from alpaca.cli import run_cli  # noqa: E402
 from alpaca.files import jdump, jload  # noqa: E402
-from alpaca.inference import answering  # noqa: E402
+from alpaca.inference import answering, loading  # noqa: E402
 from demo import tiny_model  # noqa: E402
 
 PROMPTS = 32
@@ -57,7 +57,7 @@ def measure_model(shape: dict) -> dict:
         jdump({**jload(os.path.join(ROOT, "configs/tiny_llama.json")), **shape}, f"{folder}/config.json")
         jdump([{**task, "output": "-"} for task in tasks], f"{folder}/data.json")
         tiny_model.make(f"{folder}/config.json", f"{folder}/data.json", f"{folder}/model")
-        alpaca = answering.load(f"{folder}/model", device="cpu", dtype="float32")
+        alpaca = loading.load(f"{folder}/model", device="cpu", dtype="float32")
     prompts = sorted((alpaca.encode(task, NEW_TOKENS)[0] for task in tasks), key=len, reverse=True)
     greedy = alpaca.settings(NEW_TOKENS, 0.0, 1.0)
     varied = alpaca.settings(NEW_TOKENS, 1.0, 1.0)

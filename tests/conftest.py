@@ -1,6 +1,7 @@
 """Every test runs offline, without keys, and away from the user's caches."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -41,6 +42,28 @@ def reference_dir() -> str:
     if not folder:
         pytest.skip("ALPACA_REFERENCE_DIR is not set: no reference files on this machine")
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory, root) -> str:
+    """A tiny model that has learned taught_model.LESSONS by heart."""
+    import taught_model
+
+    return taught_model.make(root, tmp_path_factory.mktemp("taught"))
+
+
+@pytest.fixture(scope="session")
+def alpaca(model_path):
+    """The same model, loaded as inference.py loads it."""
+    from alpaca.inference import loading
+
+    return loading.load(model_path)
+
+
+@pytest.fixture
+def model_copy(model_path, tmp_path):
+    """A copy of its folder, which a test may damage."""
+    return shutil.copytree(model_path, tmp_path / "copy")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,4 @@
-"""Blind pairwise judging, the evaluation of the Alpaca report: a person sees two answers and says which is better."""
+"""Blind pairwise judging, as in the Alpaca report: a person sees two answers and says which one is better."""
 
 import hashlib
 import json
@@ -12,29 +12,42 @@ from alpaca.cli import UserError
 from alpaca.journal import Format, Journal
 from alpaca.records import check_text, load_records
 
-Z_95 = 1.959964  # the normal distribution's 97.5 % point
+Z_95 = 1.959964  # the 97.5th percentile of the normal distribution
 CHOICES = ("a", "b", "tie")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one instruction, and which of them is shown first."""
+    """Two answers to one instruction.
+
+    Attributes:
+        instruction: What both models were asked.
+        input: Its input, or "".
+        a: The answer from the first file.
+        b: The answer from the second file.
+        first: The side shown first, "a" or "b".
+        key: A hash of the instruction and both answers, so that a verdict is never counted for another pair.
+    """
 
     instruction: str
     input: str
     a: str
     b: str
-    first: str  # "a" or "b"
-    key: str  # of the instruction and both answers, so that a judgement is never counted for another pair
+    first: str
+    key: str
 
     @property
     def shown(self) -> tuple[str, str]:
-        """Both answers in the order in which they are shown."""
+        """Both answers in the order in which the person sees them."""
         return (self.a, self.b) if self.first == "a" else (self.b, self.a)
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Gives the 95 % score interval of a proportion of one trial or more (E. B. Wilson, JASA 22, 1927, pp. 209-212).
+    """Returns the 95 % score interval of a proportion (E. B. Wilson, JASA 22, 1927, pp. 209-212).
+
+    Args:
+        successes: How many trials succeeded.
+        trials: How many there were, at least 1.
 
     Example:
         90 of 179 -> (0.430, 0.575)
@@ -46,20 +59,25 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def load_pairs(a: str, b: str, seed: int) -> tuple[list[Pair], dict[str, str]]:
-    """Pairs two outputs of `inference.py batch` and shuffles them: which pair comes when, which answer stands first.
+    """Pairs the answers in two outputs of `inference.py batch`, in random order and with a random side first.
+
+    Args:
+        a: The path of one output.
+        b: The path of the other.
+        seed: The seed for the order of the pairs and for the side shown first.
 
     Returns:
-        The pairs in the order of judging, and the `generator` of each side.
+        The pairs in the order of judging, and {"a": generator of the first file, "b": generator of the second}.
 
     Raises:
-        UserError: the files answer different instructions.
+        UserError: A file is not an output of `batch`, or the files answer different instructions.
     """
     sides = [load_records(path) for path in (a, b)]
     for side in sides:
         for where, record in side:
             for field in ("instruction", "output"):
                 if not isinstance(record.get(field), str):
-                    raise UserError(f"{where}: no text in '{field}'; expected an output of inference.py batch")
+                    raise UserError(f"{where}: '{field}' must be text; expected an output of inference.py batch")
                 check_text(f"{where}: '{field}'", record[field])
     if len(sides[0]) != len(sides[1]):
         raise UserError(
@@ -79,22 +97,32 @@ def load_pairs(a: str, b: str, seed: int) -> tuple[list[Pair], dict[str, str]]:
 
 
 class Verdicts(Journal):
-    """The judgements made so far, each on the disk before the next pair is shown."""
+    """The verdicts so far. Each one is on disk before the next pair is shown.
+
+    Attributes:
+        names: Side -> the model's name.
+        waiting: The pairs still to judge, in order.
+    """
 
     def __init__(self, path: str, pairs: list[Pair], names: dict[str, str]):
+        """Opens the file, or creates it, and leaves out the pairs that have a verdict.
+
+        Raises:
+            UserError: The file holds verdicts on other answers, or is no file of verdicts.
+        """
         self.names, known = names, {pair.key for pair in pairs}
 
         def key(record: Any) -> str | None:
             return record["key"] if record["key"] in known and record["better"] in CHOICES else None
 
-        super().__init__(path, Format("key", key, "a judgement of these answers", "--output"))
+        super().__init__(path, Format("key", key, "a verdict on these answers", "--output"))
         self.waiting = [pair for pair in pairs if pair.key not in self.records]
 
     def record(self, choice: str) -> None:
-        """Keeps the verdict on the pair that waits first.
+        """Writes down the verdict on the first pair that is waiting.
 
         Args:
-            choice: "1" or "2" for the answer shown first or second, "t" for a tie.
+            choice: "1" if the answer shown first is better, "2" if the second one is, "t" for a tie.
         """
         pair = self.waiting[0]
         second = "b" if pair.first == "a" else "a"
@@ -105,11 +133,11 @@ class Verdicts(Journal):
         del self.waiting[0]
 
     def summary(self) -> str:
-        """Counts wins, ties and losses; the interval is on the share of wins among the pairs that weren't ties."""
+        """Counts the first model's wins, ties and losses and gives the interval of its share of the decided pairs."""
         found = [record["better"] for record in self.records.values()]
         wins, losses, ties = (found.count(choice) for choice in ("a", "b", "tie"))
         counts = f"{self.names['a']} against {self.names['b']}: {wins} wins, {ties} ties, {losses} losses"
-        decided = "no pair was decided yet"
+        decided = "no pair has been decided yet"
         if wins + losses:
             low, high = wilson_interval(wins, wins + losses)
             share = f"{wins / (wins + losses):.1%} of the {wins + losses} decided pairs won"
@@ -117,11 +145,11 @@ class Verdicts(Journal):
         return f"{counts} (to go: {len(self.waiting)})\n{decided}"
 
 
-def judge_in_terminal(journal: Verdicts) -> None:
-    """Shows pair after pair and asks for a verdict, until all are judged or the person leaves."""
-    while journal.waiting:
-        pair = journal.waiting[0]
-        print(f"\n{'=' * 80}\nPairs to go: {len(journal.waiting)}\n\nInstruction: {pair.instruction}")
+def judge_in_terminal(verdicts: Verdicts) -> None:
+    """Shows one pair after another and asks for a verdict, until all are judged or the person leaves."""
+    while verdicts.waiting:
+        pair = verdicts.waiting[0]
+        print(f"\n{'=' * 80}\nPairs to go: {len(verdicts.waiting)}\n\nInstruction: {pair.instruction}")
         if pair.input:
             print(f"Input: {pair.input}")
         for number, text in enumerate(pair.shown, start=1):
@@ -129,14 +157,14 @@ def judge_in_terminal(journal: Verdicts) -> None:
         choice = _ask_choice()
         if choice == "q":
             break
-        journal.record(choice)
-    print(f"\n{journal.summary()}")
+        verdicts.record(choice)
+    print(f"\n{verdicts.summary()}")
 
 
 def _ask_choice() -> str:
     while True:
         try:
-            choice = input("\nBetter: 1, 2, t (tie), or q (leave and go on later)? ").strip().lower()
+            choice = input("\nBetter: 1, 2, t (tie), or q (quit and continue later)? ").strip().lower()
         except EOFError:
             return "q"
         if choice in ("1", "2", "t", "q"):

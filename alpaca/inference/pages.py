@@ -1,4 +1,4 @@
-"""The pages of `inference.py`: `demo`, where a person asks the model, and `compare --page`, where one judges pairs."""
+"""The Gradio pages of `inference.py`: `demo`, to ask the model, and `compare --page`, to judge pairs of answers."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from alpaca.cli import UserError, say
 from alpaca.inference.answering import Alpaca
 from alpaca.inference.judging import Verdicts
 
-# What the server accepts from one request, whatever a browser or script sends.
+# Limits that the server enforces, whatever a browser or a script sends.
 MAX_INSTRUCTION_CHARACTERS = 2_000
 MAX_INPUT_CHARACTERS = 8_000
 MAX_NEW_TOKENS = 1_024
@@ -31,7 +31,11 @@ EXAMPLES = [
 
 
 def import_gradio() -> Any:
-    """Imports Gradio with everything off that would call home."""
+    """Imports Gradio with its analytics and run history switched off, so that nothing is sent anywhere.
+
+    Raises:
+        UserError: Gradio is not installed.
+    """
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
     try:
         import gradio
@@ -40,42 +44,24 @@ def import_gradio() -> Any:
     return gradio
 
 
-def build(alpaca: Alpaca, seed: int | None) -> Any:
-    """Lays out the page.
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking
+
+
+def build_demo(alpaca: Alpaca, seed: int | None) -> Any:
+    """Lays out the page on which a person asks the model.
 
     Args:
-        alpaca: the loaded model.
-        seed: makes every answer repeatable; None for a new one each time.
+        alpaca: The loaded model.
+        seed: Makes every answer repeatable; None samples a new answer each time.
 
     Returns:
         A `gradio.Blocks`, not yet launched.
     """
     gr = import_gradio()
 
-    def ask(
-        instruction: str, input: str, temperature: float, top_p: float, max_new_tokens: float
-    ) -> Iterator[tuple[str, str]]:
-        bounds = (("instruction", instruction, MAX_INSTRUCTION_CHARACTERS), ("input", input, MAX_INPUT_CHARACTERS))
-        for name, text, bound in bounds:
-            if len(text or "") > bound:
-                raise gr.Error(
-                    f"The {name} has {len(text):,} characters; this page takes {bound:,}.", print_exception=False
-                )
-        if not (instruction or "").strip():
-            raise gr.Error("Write an instruction first.", print_exception=False)
-        try:
-            settings = alpaca.settings(int(max_new_tokens), temperature, top_p)
-            ids, notice = alpaca.encode({"instruction": instruction, "input": input or ""}, settings.max_new_tokens)
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        yield "", f"Note: {notice}." if notice else "Writing …"
-        answer, start = "", time.perf_counter()
-        with contextlib.closing(alpaca.stream(ids, settings, seed)) as pieces:
-            for piece in pieces:
-                answer += piece
-                yield answer, gr.skip()
-        seconds = time.perf_counter() - start
-        yield answer, f"Done in {seconds:.1f} s." + (f" Note: {notice}." if notice else "")
+    def ask(instruction: str, input: str, temperature: float, top_p: float, max_new_tokens: float) -> Iterator[tuple]:
+        yield from _answer(alpaca, seed, instruction or "", input or "", temperature, top_p, int(max_new_tokens))
 
     longest = min(MAX_NEW_TOKENS, alpaca.answer_length(MAX_NEW_TOKENS))
     with gr.Blocks(title=f"Alpaca: {alpaca.name}", analytics_enabled=False) as page:
@@ -86,7 +72,7 @@ def build(alpaca: Alpaca, seed: int | None) -> Any:
                     label="Instruction", lines=3, max_length=MAX_INSTRUCTION_CHARACTERS, elem_id="instruction"
                 )
                 input = gr.Textbox(label="Input (optional)", lines=3, max_length=MAX_INPUT_CHARACTERS, elem_id="input")
-                # The values that Stanford's demo used: https://github.com/tatsu-lab/stanford_alpaca/issues/35
+                # The values of Stanford's demo: https://github.com/tatsu-lab/stanford_alpaca/issues/35
                 temperature = gr.Slider(0, 2, value=0.7, step=0.05, label="Temperature (0: always the likeliest token)")
                 top_p = gr.Slider(0.05, 1, value=0.9, step=0.05, label="Top-p")
                 max_new_tokens = gr.Slider(1, longest, value=min(600, longest), step=1, label="Max tokens")
@@ -103,22 +89,65 @@ def build(alpaca: Alpaca, seed: int | None) -> Any:
     return page.queue(max_size=MAX_QUEUE)
 
 
-def build_judging(journal: Verdicts) -> Any:
-    """Lays out the page of `compare`; the same journal as in the terminal, so that one may change between them."""
+def _answer(
+    alpaca: Alpaca,
+    seed: int | None,
+    instruction: str,
+    input: str,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+) -> Iterator[tuple]:
+    """Yields the contents of the answer and status fields while the model writes."""
+    gr = import_gradio()
+    limits = (("instruction", instruction, MAX_INSTRUCTION_CHARACTERS), ("input", input, MAX_INPUT_CHARACTERS))
+    for name, text, limit in limits:
+        if len(text) > limit:
+            message = f"The {name} has {len(text):,} characters; this page takes {limit:,}."
+            raise gr.Error(message, print_exception=False)
+    if not instruction.strip():
+        raise gr.Error("Write an instruction first.", print_exception=False)
+    try:
+        settings = alpaca.settings(max_new_tokens, temperature, top_p)
+        ids, notice = alpaca.encode({"instruction": instruction, "input": input}, settings.max_new_tokens)
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    yield "", f"Note: {notice}." if notice else "Writing …"
+    answer, start = "", time.perf_counter()
+    with contextlib.closing(alpaca.stream(ids, settings, seed)) as pieces:
+        for piece in pieces:
+            answer += piece
+            yield answer, gr.skip()
+    seconds = time.perf_counter() - start
+    yield answer, f"Done in {seconds:.1f} s." + (f" Note: {notice}." if notice else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging
+
+
+def build_judging(verdicts: Verdicts) -> Any:
+    """Lays out the page on which a person judges pairs of answers.
+
+    The verdicts go to the same file as in the terminal, so a person may switch between the two.
+
+    Returns:
+        A `gradio.Blocks`, not yet launched.
+    """
     gr = import_gradio()
 
     def show() -> list[Any]:
-        if not journal.waiting:
-            return [journal.summary().replace("\n", "\n\n"), "", *[gr.update(visible=False)] * 7]
-        pair = journal.waiting[0]
+        if not verdicts.waiting:
+            return [verdicts.summary().replace("\n", "\n\n"), "", *[gr.update(visible=False)] * 7]
+        pair = verdicts.waiting[0]
         texts = [gr.update(value=text) for text in (pair.instruction, pair.input, *pair.shown)]
         texts[1]["visible"] = bool(pair.input)
-        return [f"Pairs to go: {len(journal.waiting)}", pair.key, *texts, *[gr.update(visible=True)] * 3]
+        return [f"Pairs to go: {len(verdicts.waiting)}", pair.key, *texts, *[gr.update(visible=True)] * 3]
 
     def choose(choice: str, key: str) -> list[Any]:
-        # A second click, or one in another tab, must not judge a pair that nobody has seen there.
-        if journal.waiting and journal.waiting[0].key == key:
-            journal.record(choice)
+        # A double click, or a click in another tab, must not judge a pair that this tab has not shown.
+        if verdicts.waiting and verdicts.waiting[0].key == key:
+            verdicts.record(choice)
         return show()
 
     with gr.Blocks(title="Which answer is better?", analytics_enabled=False) as page:
@@ -140,14 +169,22 @@ def build_judging(journal: Verdicts) -> Any:
     return page.queue(max_size=MAX_QUEUE)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Serving
+
+
 def check_port(host: str, port: int) -> None:
-    """Refuses a port that is taken, before a model is loaded for nothing."""
+    """Checks that a page can be served, before a model is loaded for it.
+
+    Raises:
+        UserError: Gradio is not installed, or the port is taken.
+    """
     import_gradio()
     try:
         with socket.create_server((host, port)):
             pass
     except (OSError, OverflowError) as error:
-        raise UserError(f"port {port} on {host} cannot be used ({error}); name another one with --port") from error
+        raise UserError(f"port {port} on {host} cannot be used ({error}); choose another with --port") from error
 
 
 def serve(page: Any, host: str, port: int, share: bool) -> None:
@@ -155,7 +192,7 @@ def serve(page: Any, host: str, port: int, share: bool) -> None:
     _, _, public = page.launch(
         server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True, footer_links=[]
     )
-    say(f"open http://{host}:{port} in a browser; Ctrl-C ends the page")
+    say(f"open http://{host}:{port} in a browser; Ctrl-C stops the server")
     if public:
         say(f"anyone may open {public}")
     page.block_thread()
