@@ -1,10 +1,11 @@
-"""Draws how diverse instruction data is: its 20 commonest root verbs and their top 4 direct objects.
+"""Shows how diverse instruction data is: its 20 most common root verbs and their top 4 direct objects.
 
     python parse_analysis.py plot --data_path alpaca_data.json --output_path assets/parse_analysis
 
-writes assets/parse_analysis.png and .svg and prints the same as a table. After Figure 2 of Self-Instruct (Wang et al.,
-2022, https://arxiv.org/abs/2212.10560), which Alpaca's parse_analysis.png repeats. That figure comes from a dependency
-parser; here rules over lemminflect's lexicon do, unless `--spacy_model` names a parser that is installed.
+This writes assets/parse_analysis.png and .svg and prints the same figures as a table. The chart is that of Figure 2 of
+Self-Instruct (Wang et al., 2022, https://arxiv.org/abs/2212.10560) and of Alpaca's parse_analysis.png. Those used a
+dependency parser. Here, rules on top of lemminflect's lexicon find the verbs and objects, unless `--spacy_model` names
+an installed parser.
 """
 
 import colorsys
@@ -24,15 +25,27 @@ NUM_VERBS, NUM_OBJECTS = 20, 4
 
 
 class Diversity(NamedTuple):
-    """Counts over one data set."""
+    """What was counted in one data set.
+
+    Attributes:
+        name: The data set's name.
+        total: How many instructions it has.
+        verbs: Root verb lemma -> number of instructions.
+        pairs: (root verb, direct object) -> number of instructions.
+    """
 
     name: str
     total: int
-    verbs: Counter  # root verb lemma -> instructions
-    pairs: Counter  # (verb, direct object) -> instructions
+    verbs: Counter
+    pairs: Counter
 
     def top(self) -> list[tuple[str, int, list[tuple[str, int]]]]:
-        """The 20 verbs with most direct objects, their instructions that have one, and the top 4 objects of each."""
+        """Ranks the 20 verbs that most often have a direct object.
+
+        Returns:
+            For each verb its lemma, how many instructions have it with an object, and its top 4 objects with counts,
+            such as ("write", 13, [("code", 2), ("command", 2), ...]). Ties are in alphabetical order.
+        """
         objects: dict[str, Counter] = {}
         for (verb, noun), count in self.pairs.items():
             objects.setdefault(verb, Counter())[noun] = count
@@ -63,7 +76,7 @@ def _summary(data_sets: list[Diversity]) -> str:
         ("with a direct object too", [_share(found.pairs.total(), found.total) for found in data_sets]),
         ("distinct root verbs", [f"{len(found.verbs):,}" for found in data_sets]),
         ("distinct verb-object pairs", [f"{len(found.pairs):,}" for found in data_sets]),
-        ("in the 20 commonest verbs", [_share(sum(n for _, n, _ in f.top()), f.total) for f in data_sets]),
+        ("among the top 20 verbs", [_share(sum(n for _, n, _ in f.top()), f.total) for f in data_sets]),
     ]
     widths = [max(16, len(found.name)) for found in data_sets]
     lines = [" " * 26 + "".join(f"  {found.name:>{w}}" for found, w in zip(data_sets, widths, strict=True))]
@@ -77,14 +90,17 @@ def _share(part: int, whole: int) -> str:
 
 
 def draw(data_sets: list[Diversity], output_path: str) -> list[str]:
-    """Draws a sunburst for each data set side by side and writes it as PNG and SVG.
+    """Draws a sunburst chart for each data set, side by side, and writes the figure as PNG and SVG.
 
     Args:
-        data_sets: one or two.
-        output_path: the files' path without .png or .svg.
+        data_sets: One data set, or two to compare.
+        output_path: The path of the files without .png or .svg.
 
     Returns:
         The paths written.
+
+    Raises:
+        UserError: matplotlib is not installed, or a file can't be written.
     """
     try:
         import matplotlib
@@ -96,7 +112,7 @@ def draw(data_sets: list[Diversity], output_path: str) -> list[str]:
     for axes, found in zip(figure.subplots(1, len(data_sets), squeeze=False)[0], data_sets, strict=True):
         _sunburst(axes, found)
     paths = [f"{output_path}.png", f"{output_path}.svg"]
-    # Nothing that changes from run to run goes into the files: the same data gives the same bytes.
+    # Leave out dates, versions and random ids, so that the same data always gives the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "alpaca", "svg.fonttype": "path"}):
         for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
             with atomic_write(path, "wb") as file:
@@ -107,9 +123,9 @@ def draw(data_sets: list[Diversity], output_path: str) -> list[str]:
 def _sunburst(axes: Any, found: Diversity) -> None:
     top = found.top()
     shown = sum(n for _, _, objects in top for _, n in objects)
-    start = 90.0  # clockwise from the top, the commonest first
+    start = 90.0  # degrees: clockwise from the top, the most common verb first
     for rank, (verb, _, objects) in enumerate(top):
-        hue = rank * 0.618 % 1  # the golden ratio keeps neighbours apart
+        hue = rank * 0.618 % 1  # steps of the golden ratio give neighbors different colors
         first = start
         for noun, count in objects:
             angle = 360 * count / shown
@@ -123,20 +139,29 @@ def _sunburst(axes: Any, found: Diversity) -> None:
 
 
 def _wedge(axes: Any, start: float, angle: float, radii: tuple[float, float], label: str, color: Any) -> None:
-    """Draws a ring segment that runs clockwise from `start` (degrees), its label along the radius."""
+    """Draws a segment of a ring with its label along the radius.
+
+    Args:
+        axes: The matplotlib axes.
+        start: Where the segment starts, in degrees.
+        angle: How far it runs clockwise, in degrees.
+        radii: Its inner and outer radius; the whole chart has radius 1.
+        label: Its text, which is left out if it would be too small to read.
+        color: Its color.
+    """
     from matplotlib.patches import Wedge
 
     inner, outer = radii
     axes.add_patch(Wedge((0, 0), outer, start - angle, start, width=outer - inner, facecolor=color, edgecolor="white"))
     middle = start - angle / 2
-    points = 72 * 10 / 2.04  # of the unit circle's radius
+    points = 72 * 10 / 2.04  # a radius of 1 in typographic points: the axes are 10 inches wide and 2.04 units across
     height = math.radians(angle) * (outer - 0.6 * (outer - inner)) * points
     length = (outer - inner) * points / (0.6 * len(label))
     fontsize = min(13, 0.85 * height, 0.95 * length)
-    if fontsize < 4:  # nobody could read it; the table has it
+    if fontsize < 4:  # too small to read; the printed table has the word
         return
     left = math.cos(math.radians(middle)) < 0
-    radius = outer - 0.02  # at the rim, where the wedge is widest
+    radius = outer - 0.02  # near the rim, where the wedge is widest
     axes.text(
         radius * math.cos(math.radians(middle)),
         radius * math.sin(math.radians(middle)),
@@ -157,13 +182,13 @@ def plot(
     compare: str | None = None,
     spacy_model: str | None = None,
 ) -> None:
-    """Draws the diversity figure and prints it as a table.
+    """Draws the root verbs of instruction data and their direct objects, and prints them as a table.
 
     Args:
-        data_path: Alpaca-format data, JSON or JSON Lines.
-        output_path: where the figure goes, without .png and .svg, which are both written.
-        compare: a second data set, drawn beside the first.
-        spacy_model: the name of an installed spaCy pipeline to parse with, instead of the rules.
+        data_path: The data to analyze, in Alpaca's format (JSON or JSON Lines).
+        output_path: The path of the figure without .png or .svg; both are written.
+        compare: A second data set, drawn beside the first.
+        spacy_model: The name of an installed spaCy pipeline to parse with instead of the rules.
     """
     output_path = re.sub(r"\.(png|svg)$", "", output_path)
     parse = spacy_parser(spacy_model) if spacy_model else parse_by_rules

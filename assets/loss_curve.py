@@ -1,4 +1,4 @@
-r"""Draws the training loss of a run of train.py from its trainer_state.json.
+r"""Draws the training loss of a train.py run from its trainer_state.json.
 
 python -m demo.tiny_model make --config configs/tiny_llama.json --data_path alpaca_data.json --output_dir tiny_llama
 python train.py --model_name_or_path tiny_llama --data_path alpaca_data.json --output_dir tiny_alpaca \
@@ -17,11 +17,11 @@ from alpaca.files import jload
 
 
 def draw(run_dir: str, output: str = os.path.join(os.path.dirname(__file__), "loss_curve.png")) -> None:
-    """Writes the picture.
+    """Draws the training loss, and the evaluation loss if there is one, by optimizer step.
 
     Args:
-        run_dir: the output folder of a run.
-        output: the picture.
+        run_dir: The output folder of a train.py run.
+        output: The picture to write.
     """
     import matplotlib
 
