@@ -1,4 +1,4 @@
-# make demo: the whole story at toy size.  make test: the whole suite.  Both build .venv first, once.
+# make demo: the whole pipeline at toy size.  make test: all tests.  Both create .venv first, once.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -19,7 +19,7 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# Every figure that needs no GPU and no other data set; takes 20 GB of disk, 10 GB of memory.
+# All figures that need no GPU and no other data set. Takes 20 GB of disk and 10 GB of memory.
 bench: .venv/.dev
 	$(BIN)/python benchmarks/data_quality.py measure --data_path alpaca_data.json --recording recordings/completions.jsonl
 	$(BIN)/python benchmarks/dedup.py run
@@ -32,8 +32,8 @@ bench: .venv/.dev
 .venv/.run: requirements.txt
 	@$(PYTHON) -c "" 2>/dev/null || { echo "error: $(PYTHON) does not run; name a Python 3.10 or newer: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m demo check
-	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { echo "error: this Python has no venv module; Debian has it in python3-venv" >&2; exit 1; }
-	@echo "Making .venv and installing requirements.txt into it: minutes, the first time."
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { echo "error: this Python has no venv module; on Debian, install python3-venv" >&2; exit 1; }
+	@echo "Creating .venv and installing requirements.txt into it; this takes minutes, once."
 	@$(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt
 	@touch $@

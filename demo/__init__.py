@@ -1,1 +1,1 @@
-"""The paper's whole story at toy size: `python -m demo`, or `make demo`."""
+"""The whole pipeline at toy size: `make demo`, or `python -m demo` in an environment that has requirements.txt."""

@@ -1,8 +1,8 @@
-"""The paper's whole story at toy size, on a CPU, without a key or a download of weights: `make demo`.
+"""Runs the whole pipeline at toy size, on a CPU, without an API key and without downloading weights: `make demo`.
 
-Generate data, fine-tune on it, publish and recover the weights as a diff, ask the recovered model. Every step is the
-script and the flags that a user would type, printed before it runs. Standard library only, so that `python -m demo
-check` can look at a machine before anything is installed there.
+It generates data, fine-tunes a model on it, publishes and recovers the weights as a diff, and asks the recovered model
+a question. Each step prints the command that a user would type and runs it. This file needs only the standard library,
+so that `python -m demo check` can check a machine before anything is installed on it.
 """
 
 import filecmp
@@ -20,36 +20,39 @@ OUTPUT = "demo_output"
 DATA = f"{OUTPUT}/generated/alpaca_data.json"
 RAW, TUNED, DIFF, RECOVERED = (f"{OUTPUT}/{name}" for name in ("tiny_llama", "tuned", "diff", "recovered"))
 TASKS = 100  # what generate_instruction.py makes by default
-NEEDED_GIB = {"install": 6, "run": 1}  # torch and its friends: 2 GiB as a CPU build, more with CUDA's libraries
+NEEDED_GIB = {"install": 6, "run": 1}  # torch and the rest take 2 GiB as a CPU build, more with CUDA's libraries
 GENERATE = "python -m generate_instruction generate_instruction_following_data"
 
 
 def refuse(message):
-    """Ends the program with one line and exit status 2."""
+    """Prints a one-line error and exits with status 2."""
     sys.stderr.write("error: " + message + "\n")
     sys.exit(2)
 
 
 def check(stage):
-    """Refuses a Python that is too old (and so must stay readable to one) and a disk that is too full."""
+    """Refuses a Python that is too old or a disk that is too full.
+
+    An old Python has to be able to parse this file to say so, so keep its syntax to that of Python 3.6.
+    """
     found = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info < (3, 10):  # noqa: UP036
-        refuse(f"Python {found} found, 3.10 or newer needed; name yours: make PYTHON=python3.12 {stage}")
+        refuse(f"Python {found} found, 3.10 or newer needed; name yours: make PYTHON=python3.12 demo")
     free = shutil.disk_usage(".").free / 2**30
     if free < NEEDED_GIB[stage]:
-        refuse(f"{free:.1f} GiB free on this disk, {NEEDED_GIB[stage]} GiB needed to {stage}; make room and try again")
+        refuse(f"{free:.1f} GiB free on this disk, {NEEDED_GIB[stage]} GiB needed to {stage}; free some and try again")
 
 
 def step(title, why):
-    """Prints a step's heading and what it does."""
+    """Prints the heading of a step and what it does."""
     print(f"\n=== {title}\n    {why}", flush=True)
 
 
 def run(command):
-    """Prints a command and runs it; one that fails ends the demo, with what it printed above.
+    """Prints a command and runs it. A command that fails ends the demo.
 
     Returns:
-        What it printed on stdout, which is also shown.
+        The command's stdout, which is also shown as it arrives.
     """
     words = shlex.split(command)
     print(f"\n$ {command}", flush=True)
@@ -74,30 +77,30 @@ def load(path):
 
 
 def free_port():
-    """Finds a port on loopback that nobody listens on."""
+    """Finds a free port on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def start_replay(port):
-    """Starts the server of recorded completions and waits until it serves; a server that cannot ends the demo."""
+    """Starts the server of recorded completions and waits until it is ready. If it fails to start, the demo ends."""
     command = f"python -m demo.replay --port {port}"
     print(f"\n$ {command} &", flush=True)
     server = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], stdout=subprocess.PIPE, text=True)
     line = server.stdout.readline()
     if not line:
-        sys.exit(server.wait())  # it has said why
+        sys.exit(server.wait())  # it has printed the reason
     print(line, end="", flush=True)
     return server
 
 
 def generate(port):
-    """Step 1: the pipeline of generate_instruction.py over recorded completions, over real HTTP."""
+    """Step 1: generate_instruction.py, with recorded completions served over real HTTP."""
     step(
         "1 of 4 · Generate instruction data",
-        "A loopback server replays completions that a large model once wrote: no key, no cost, nothing is generated\n"
-        "    anew. Client, parser, filters and ROUGE-L de-duplication are those of a paid run.",
+        "A local server replays completions that a large model wrote earlier, so this needs no key and costs nothing.\n"
+        "    The client, the parser, the filters and the ROUGE-L de-duplication are those of a paid run.",
     )
     server = start_replay(port)
     try:
@@ -109,18 +112,19 @@ def generate(port):
         server.send_signal(signal.SIGINT)
         server.wait()
     if load(DATA) != load("alpaca_data.json")[:TASKS]:
-        refuse(f"{DATA} is not the beginning of the bundled alpaca_data.json; has a file of the project changed?")
+        refuse(f"{DATA} differs from the start of the bundled alpaca_data.json; has a file of the project changed?")
     print(
-        f"\nThese are the first {TASKS} of the bundled alpaca_data.json, made by the same command with a larger number."
+        f"\nThese are the first {TASKS} records of the bundled alpaca_data.json, which the same command made with a "
+        "larger number."
     )
 
 
 def fine_tune(port):
-    """Step 2: train.py under torchrun with the flags of the paper, at toy size."""
+    """Step 2: train.py under torchrun with the paper's flags, at toy size."""
     step(
         "2 of 4 · Fine-tune",
-        "A tiny LLaMA with random weights and a tokenizer trained on the data: it can learn these answers by heart,\n"
-        "    and nothing else. The flags are the paper's; model, batch, epochs and learning rate are toy-sized.",
+        "A tiny LLaMA with random weights, and a tokenizer trained on the data. It can learn these answers by heart\n"
+        "    and nothing else. The flags are the paper's; the model, batch size, epochs and learning rate are not.",
     )
     sizes = "--config configs/tiny_llama.json --data_path alpaca_data.json"
     run(f"python -m demo.tiny_model make {sizes} --output_dir {RAW}")
@@ -141,10 +145,10 @@ def fine_tune(port):
 
 
 def diff_and_recover():
-    """Step 3: weight_diff.py both ways, and the comparison of the two folders."""
+    """Step 3: weight_diff.py in both directions; the recovered files must equal the tuned ones."""
     step(
         "3 of 4 · Publish and recover the weights",
-        "A diff alone is of no use without the base model; base and diff together give back the tuned model.",
+        "The diff is useless without the base model. Base and diff together give back the tuned model.",
     )
     run(f"python weight_diff.py make_diff --path_raw {RAW} --path_tuned {TUNED} --path_diff {DIFF}")
     run(
@@ -157,32 +161,32 @@ def diff_and_recover():
     print(f"\n{len(names)} files in {RECOVERED}: {', '.join(names)}")
     if different or missing:
         refuse(f"not equal to {TUNED}: {', '.join(different + missing)}")
-    print(f"Every one equals its twin in {TUNED}, byte for byte.")
+    print(f"Each one equals the file of the same name in {TUNED}, byte for byte.")
 
 
 def answer():
-    """Step 4: inference.py on the recovered model, asked something that it was trained on."""
+    """Step 4: inference.py asks the recovered model an instruction that it was trained on."""
     step(
         "4 of 4 · Ask the recovered model",
-        "An instruction from its training data. A tiny model repeats what it has seen; it knows nothing of the world.",
+        "The instruction is from its training data: a tiny model repeats what it has seen and knows nothing else.",
     )
     example = next(example for example in load(DATA) if not example["input"])
     said = run(
         f"python inference.py answer --model_path {RECOVERED} --instruction {shlex.quote(example['instruction'])}"
     )
     print(f"\nIts training data says: {example['output']}")
-    print("The same, word for word." if said.strip() == example["output"].strip() else "Not the same, this time.")
+    print("The same, word for word." if said.strip() == example["output"].strip() else "Not the same this time.")
 
 
 def main():
-    """Runs the four steps in a new folder and tells what to do next."""
+    """Runs the four steps in a new folder and says what to do next."""
     check("run")
     port = os.environ.get("PORT") or str(free_port())
     if not port.isdigit():
         refuse(f"PORT must be a number, found {port!r}")
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", int(port))) == 0:
-            refuse(f"port {port} is occupied; leave PORT out or name another: make demo PORT=8765")
+            refuse(f"port {port} is in use; leave PORT out or choose another: make demo PORT=8765")
     if os.path.exists(OUTPUT):
         print(f"Removing {OUTPUT}, made by an earlier demo.")
         shutil.rmtree(OUTPUT)
@@ -192,11 +196,11 @@ def main():
     diff_and_recover()
     answer()
     print(f"""
-=== Done in {time.monotonic() - started:.0f} seconds. What was made, under {OUTPUT}:
-    generated/   regen.json, alpaca_data.json, and the journal of every request
-    tiny_llama/  the base model, random weights
-    tuned/       the same after {steps} optimizer steps
-    diff/        tuned minus base, and what makes the recovery exact
+=== Done in {time.monotonic() - started:.0f} seconds. The results are in {OUTPUT}:
+    generated/   regen.json, alpaca_data.json and the journal of all requests
+    tiny_llama/  the base model with random weights
+    tuned/       the same model after {steps} optimizer steps
+    diff/        tuned minus base, with what makes the recovery exact
     recovered/   base plus diff: the tuned model again
 
 Next, with a real model (README.md has the rest):
@@ -209,7 +213,7 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["check"]:
         check("install")
     elif sys.argv[1:]:
-        refuse(f"unknown argument {sys.argv[1]}; there is check, or none")
+        refuse(f"unknown argument {sys.argv[1]}; the only one is check")
     else:
         try:
             main()

@@ -1,10 +1,11 @@
-"""Serves recorded completions as an OpenAI-compatible server would, so that a run can be repeated without a key.
+"""Serves recorded completions like an OpenAI-compatible server, so that a run can be repeated without an API key.
 
     python -m demo.replay --port 8765
     python -m generate_instruction generate_instruction_following_data --seed 0 --base_url http://127.0.0.1:8765/v1
 
-A prompt is looked up by its SHA-256 and answered with the completion that was recorded for it, at once, for nothing.
-A prompt that was never recorded gets a 404 that says so. Standard library only; loopback only; stops at Ctrl-C.
+Each prompt is looked up by its SHA-256 and answered at once with the completion recorded for it. A prompt that was
+never recorded gets a 404 that says so. The server needs only the standard library, listens on loopback only, and runs
+until Ctrl-C.
 """
 
 import argparse
@@ -22,16 +23,16 @@ def load_recording(path: pathlib.Path) -> dict[str, dict]:
     """Reads a recording.
 
     Args:
-        path: JSON Lines of `request_index, prompt_sha256, text, finish_reason, usage`.
+        path: JSON Lines with `prompt_sha256`, `text`, `finish_reason` and `usage`.
 
     Returns:
-        The records by prompt hash.
+        Prompt hash -> record.
 
     Raises:
-        ValueError: names the first line that is no such record.
+        ValueError: Names the first line that is not such a record.
     """
     records = {}
-    lines = path.read_text(encoding="utf-8").strip("\n").split("\n")  # not splitlines: U+2028 may stand in a text
+    lines = path.read_text(encoding="utf-8").strip("\n").split("\n")  # not splitlines: a text may contain U+2028
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
@@ -42,14 +43,14 @@ def load_recording(path: pathlib.Path) -> dict[str, dict]:
 
 
 def _answer(request: dict, chat: bool, records: dict[str, dict]) -> tuple[int, dict]:
-    """Looks a request up; returns the HTTP status and the body."""
+    """Looks up the completion for a request; returns the HTTP status and the body."""
     prompt = "\n".join(message["content"] for message in request["messages"]) if chat else request["prompt"]
     digest = hashlib.sha256(prompt.encode("utf-8")).hexdigest()
     record = records.get(digest)
     if record is None:
         message = (
             f"no completion was recorded for this prompt (sha256 {digest[:12]}…); the recording was made with "
-            "--seed 0, the bundled prompt.txt and the bundled seed_tasks.jsonl"
+            "--seed 0 and the bundled prompt.txt and seed_tasks.jsonl"
         )
         return 404, {"error": {"message": message, "type": "invalid_request_error", "code": "prompt_not_recorded"}}
     text = record["text"]
@@ -66,7 +67,7 @@ def _answer(request: dict, chat: bool, records: dict[str, dict]) -> tuple[int, d
 
 
 def make_server(records: dict[str, dict], port: int = 0) -> http.server.ThreadingHTTPServer:
-    """Binds a server to loopback; port 0 takes a free one. The caller runs `serve_forever` and `shutdown`."""
+    """Makes a server on a loopback port (0: any free one). The caller runs `serve_forever` and `shutdown`."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -100,23 +101,25 @@ def make_server(records: dict[str, dict], port: int = 0) -> http.server.Threadin
             self.wfile.write(body)
 
         def log_message(self, *args):
-            """Says nothing for each request."""
+            """Prints nothing for a request."""
 
     return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
 
 
 def main() -> None:
     """Serves until Ctrl-C."""
-    parser = argparse.ArgumentParser(description="Replay recorded completions over HTTP, on loopback.")
-    parser.add_argument("--port", type=int, default=8765, help="0 takes a free one (default: 8765)")
-    parser.add_argument("--recording", type=pathlib.Path, default=RECORDING, help="JSON Lines of completions")
+    parser = argparse.ArgumentParser(description="Replay recorded completions over HTTP on the loopback interface.")
+    parser.add_argument("--port", type=int, default=8765, help="The port to listen on; 0 takes any free one (8765).")
+    parser.add_argument(
+        "--recording", type=pathlib.Path, default=RECORDING, help="The JSON Lines file of completions (bundled)."
+    )
     arguments = parser.parse_args()
     try:
         records = load_recording(arguments.recording)
         server = make_server(records, arguments.port)
     except (OSError, OverflowError) as error:
         what = f"port {arguments.port}" if not getattr(error, "filename", None) else str(arguments.recording)
-        sys.exit(_refuse(f"{what}: {getattr(error, 'strerror', None) or error}; name another with a flag (--help)"))
+        sys.exit(_refuse(f"{what}: {getattr(error, 'strerror', None) or error}; choose another (see --help)"))
     except ValueError as error:
         sys.exit(_refuse(str(error)))
     port = server.server_address[1]

@@ -1,9 +1,9 @@
-"""Makes a tiny checkpoint with random weights, to try every step of the pipeline without a download or a GPU.
+"""Makes a tiny checkpoint with random weights, so that the pipeline can be tried without a download or a GPU.
 
     python -m demo.tiny_model make --config configs/tiny_llama.json --data_path alpaca_data.json --output_dir tiny_llama
 
-The tokenizer is trained on the data: sentencepiece BPE with byte fallback for LLaMA, byte-level BPE for OPT, the files
-as the original checkpoints carry them. The model knows nothing until `train.py` has taught it.
+The tokenizer is trained on the data and saved in the same files as those of the original checkpoints: sentencepiece
+BPE with byte fallback for LLaMA, byte-level BPE for OPT. The model knows nothing until `train.py` has trained it.
 """
 
 import io
@@ -20,18 +20,18 @@ MIN_VOCAB_SIZE = 260  # 256 bytes and OPT's four special tokens
 def make(
     config: str, data_path: str, output_dir: str, vocab_size: int = 0, seed: int = 0, dtype: str = "float32"
 ) -> None:
-    """Writes a randomly initialised checkpoint and a tokenizer trained on `data_path`.
+    """Writes a checkpoint with random weights and a tokenizer trained on `data_path`.
 
     Args:
-        config: a transformers config.json; its `model_type` is llama or opt.
-        data_path: Alpaca-format data, the text that the tokenizer is trained on.
-        output_dir: a folder that is new or empty.
-        vocab_size: rows of the embedding; the config's own number when 0.
-        seed: of the weights.
-        dtype: of the saved weights: float32, float16 or bfloat16.
+        config: A transformers config.json whose `model_type` is llama or opt.
+        data_path: The data to train the tokenizer on, in Alpaca's format.
+        output_dir: The folder to write, which must be new or empty.
+        vocab_size: The number of tokens and embedding rows; 0 takes the config's.
+        seed: The seed for the weights.
+        dtype: The type of the saved weights (float32, float16 or bfloat16).
     """
     if os.path.exists(output_dir) and not (os.path.isdir(output_dir) and not os.listdir(output_dir)):
-        raise UserError(f"{output_dir} is there already and not an empty folder; name a new one")
+        raise UserError(f"{output_dir} exists and is not an empty folder; name a new one")
     if dtype not in ("float32", "float16", "bfloat16"):
         raise UserError(f"--dtype must be float32, float16 or bfloat16, found {dtype!r}")
     settings = jload(config)
@@ -51,14 +51,14 @@ def make(
     try:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{config}: no {kind} can be made of it ({' '.join(str(error).split())})") from error
+        raise UserError(f"{config}: cannot make this {kind} model ({' '.join(str(error).split())})") from error
     trainers[kind]([*PROMPT_DICT.values(), *texts], settings["vocab_size"], output_dir)
     model.to(getattr(torch, dtype)).save_pretrained(output_dir)
     print(f"{output_dir}: {kind} with {model.num_parameters():,} random parameters, {settings['vocab_size']:,} tokens")
 
 
 def _train_sentencepiece(texts: list[str], vocab_size: int, output_dir: str) -> None:
-    """LLaMA's settings: BPE, byte fallback, split digits, <unk> 0, <s> 1, </s> 2, no pad token."""
+    """Trains a tokenizer like LLaMA's: BPE, byte fallback, split digits, <unk> 0, <s> 1, </s> 2, no padding token."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -76,7 +76,7 @@ def _train_sentencepiece(texts: list[str], vocab_size: int, output_dir: str) -> 
             hard_vocab_limit=False,
             minloglevel=2,
         )
-    except RuntimeError as error:  # the characters alone need more
+    except RuntimeError as error:  # the single characters alone need more tokens
         reason = str(error).rpartition("] ")[2] or str(error)
         raise UserError(f"{vocab_size} tokens are too few for this data ({reason}); raise --vocab_size") from error
     os.makedirs(output_dir, exist_ok=True)
@@ -99,7 +99,10 @@ def _train_sentencepiece(texts: list[str], vocab_size: int, output_dir: str) -> 
 
 
 def _train_byte_level_bpe(texts: list[str], vocab_size: int, output_dir: str) -> None:
-    """OPT's settings: GPT-2's byte-level BPE with <s> 0, <pad> 1, </s> 2, <unk> 3; </s> is BOS, EOS and UNK at once."""
+    """Trains a tokenizer like OPT's: GPT-2's byte-level BPE with <s> 0, <pad> 1, </s> 2, <unk> 3.
+
+    </s> serves as BOS, EOS and UNK at once.
+    """
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()

@@ -42,7 +42,7 @@ def test_occupied_port_is_refused_before_anything_is_removed(root, tmp_path):
             command, env={**os.environ, "PORT": port}, cwd=tmp_path, capture_output=True, text=True, timeout=60
         )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: port {port} is occupied; leave PORT out or name another: make demo PORT=8765\n"
+    assert done.stderr == f"error: port {port} is in use; leave PORT out or choose another: make demo PORT=8765\n"
     assert kept.is_dir()
 
 

@@ -79,7 +79,7 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(root, data_pat
         (
             {"model_type": "opt", "vocab_size": 400, "hidden_size": 10, "num_attention_heads": 3},
             {},
-            "no opt can be made",
+            "cannot make this opt model",
         ),
     ],
 )
@@ -98,5 +98,5 @@ def test_a_folder_that_holds_something_is_refused_in_one_line(root, data_path, t
     command = [sys.executable, "-m", "demo.tiny_model", "make", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path} is there already and not an empty folder; name a new one\n"
+    assert done.stderr == f"error: {tmp_path} exists and is not an empty folder; name a new one\n"
     assert os.listdir(tmp_path) == ["notes.txt"]
