@@ -74,9 +74,7 @@ def openai_completion(
     chosen = [prompts] if single else list(prompts)[: min(max_instances, max_batches * batch_size)]
     n = decoding_args.n
     asked = [[prompt] if isinstance(prompt, dict) else prompt for prompt in chosen for _ in range(n)]
-    default, always = OpenAIDecodingArguments(), ("max_tokens", "temperature", "top_p")
-    parameters = {name: value for name, value in vars(decoding_args).items() if name not in ("n", "stream")}
-    parameters = {k: v for k, v in parameters.items() if k in always or v != getattr(default, k)} | decoding_kwargs
+    parameters = _request_parameters(decoding_args) | decoding_kwargs
     with ThreadPoolExecutor(1) as thread:  # asyncio.run fails in a thread that runs a loop, such as a notebook's
         completions = thread.submit(asyncio.run, complete_all(asked, model_name, batch_size, parameters)).result()
     if return_text:
@@ -84,3 +82,9 @@ def openai_completion(
     if n > 1:
         completions = [completions[i : i + n] for i in range(0, len(completions), n)]
     return completions[0] if single else completions
+
+
+def _request_parameters(decoding_args: OpenAIDecodingArguments) -> dict[str, Any]:
+    default, always = OpenAIDecodingArguments(), ("max_tokens", "temperature", "top_p")
+    chosen = {name: value for name, value in vars(decoding_args).items() if name not in ("n", "stream")}
+    return {name: value for name, value in chosen.items() if name in always or value != getattr(default, name)}

@@ -109,9 +109,14 @@ def make_server(records: dict[str, dict], port: int = 0) -> http.server.Threadin
 def main() -> None:
     """Serves until Ctrl-C."""
     parser = argparse.ArgumentParser(description="Replay recorded completions over HTTP on the loopback interface.")
-    parser.add_argument("--port", type=int, default=8765, help="The port to listen on; 0 takes any free one (8765).")
     parser.add_argument(
-        "--recording", type=pathlib.Path, default=RECORDING, help="The JSON Lines file of completions (bundled)."
+        "--port", type=int, default=8765, help="The port to listen on; 0 takes any free one (default: 8765)."
+    )
+    parser.add_argument(
+        "--recording",
+        type=pathlib.Path,
+        default=RECORDING,
+        help="The JSON Lines file of completions (default: the bundled one).",
     )
     arguments = parser.parse_args()
     try:
