@@ -1,12 +1,12 @@
-"""Measures instruction data: sizes, lengths, root verbs, likeness of the instructions. Writes the tables of DATA.md.
+"""Measures instruction data: size, lengths, root verbs, similarity of instructions. Writes the tables of DATA.md.
 
-    python benchmarks/data_quality.py measure --data_path alpaca_data.json
-    python benchmarks/data_quality.py measure --data_path alpaca_data.json --compare OTHER.json
-    python benchmarks/data_quality.py measure --data_path alpaca_data.json --recording recordings/completions.jsonl \
+    python -m benchmarks.data_quality measure --data_path alpaca_data.json
+    python -m benchmarks.data_quality measure --data_path alpaca_data.json --compare OTHER.json
+    python -m benchmarks.data_quality measure --data_path alpaca_data.json --recording recordings/completions.jsonl \
         --update DATA.md
 
-Two data sets are compared at equal size, for a larger one has more pairs and nearer neighbours by its size alone: of
-the larger, 20 random samples of the smaller's size are measured and averaged.
+Two data sets are compared at equal size, because a larger one has more pairs and closer neighbours by its size alone:
+20 random samples of the larger set, each as large as the smaller one, are measured and averaged.
 """
 
 import functools
@@ -14,8 +14,6 @@ import os
 import random
 import statistics
 import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from alpaca.analysis.root_verbs import parse_by_rules
 from alpaca.cli import UserError, run_cli
@@ -37,9 +35,9 @@ def measure_quality(examples: list[dict[str, str]]) -> dict:
     """Measures Alpaca-format records.
 
     Returns:
-        Plain numbers under plain names: counts; for each field the percentiles of its length in words (of `input`
-        only where there is one); `mean_nearest_rouge_l`, the mean over instructions of the ROUGE-L F measure with the
-        nearest other one, in 0 to 1.
+        Counts; `words`, for each field the percentiles of its length in words (empty inputs left out);
+        `mean_nearest_rouge_l`, the mean over instructions of the ROUGE-L F measure, 0 to 1, with the nearest other
+        instruction.
     """
     parses = [_parse(example["instruction"]) for example in examples]
     any_length = Config(min_words=0, max_words=sys.maxsize)
@@ -59,7 +57,7 @@ def measure_quality(examples: list[dict[str, str]]) -> dict:
 
 
 def _percentiles(lengths: list[int]) -> dict[str, int]:
-    """The nearest-rank percentiles: each is a length that occurs."""
+    """Nearest-rank percentiles of sorted lengths: each one is a length that occurs."""
     if not lengths:
         return {}
     ranks = {f"p{p}": lengths[max(0, -(-len(lengths) * p // 100) - 1)] for p in PERCENTILES}
@@ -67,7 +65,7 @@ def _percentiles(lengths: list[int]) -> dict[str, int]:
 
 
 def measure_at_size(examples: list[dict[str, str]], size: int) -> dict[str, float]:
-    """Measures diversity at a given size, as the mean over random samples (all records, where there are no more)."""
+    """Measures diversity as the mean over random samples of `size` records, or once if there are no more than that."""
     draws = [random.Random(i).sample(examples, size) for i in range(SAMPLES)] if len(examples) > size else [examples]
     found = [measure_quality(draw) for draw in draws]
     names = ("root_verbs", "verb_object_pairs", "mean_nearest_rouge_l")
@@ -75,12 +73,12 @@ def measure_at_size(examples: list[dict[str, str]], size: int) -> dict[str, floa
 
 
 def measure_collection(recording: str, seed_tasks_path: str) -> dict:
-    """Counts what became of the recorded completions: the pipeline's own parser, filters and de-duplication."""
+    """Counts what becomes of recorded completions in the pipeline's own parser, filters and de-duplication."""
     harvest = start_harvest(Config(num_instructions_to_generate=None), load_seed_tasks(seed_tasks_path))
     records = []
     for where, record in load_records(recording):
         if missing := [name for name in ("request_index", "text", "finish_reason", "usage") if name not in record]:
-            raise UserError(f"{where}: no recorded completion; it lacks {', '.join(missing)}")
+            raise UserError(f"{where}: not a recorded completion; it lacks {', '.join(missing)}")
         records.append(record)
     for record in sorted(records, key=lambda record: record["request_index"]):
         harvest.add(record)
@@ -108,7 +106,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def figures_table(names: list[str], found: list[dict]) -> str:
-    """Counts and lengths, a column for each data set."""
+    """Formats the counts, one column a data set."""
     rows = [
         ["records", *(f"{q['count']:,}" for q in found)],
         ["distinct instructions", *(f"{q['unique_instructions']:,}" for q in found)],
@@ -124,14 +122,14 @@ def figures_table(names: list[str], found: list[dict]) -> str:
 
 
 def lengths_table(found: dict) -> str:
-    """Percentiles of the fields' lengths."""
+    """Formats the percentiles of the fields' lengths."""
     columns = ["min", *(f"p{p}" for p in PERCENTILES), "max"]
     rows = [[f"`{field}`", *(str(found["words"][field].get(c, "")) for c in columns)] for field in FIELDS]
     return _table(["words", *columns], rows)
 
 
 def comparison_table(names: list[str], found: list[dict]) -> str:
-    """Diversity at equal size."""
+    """Formats the comparison at equal size."""
     rows = [
         ["distinct root verbs", *(f"{q['root_verbs']:.0f}" for q in found)],
         ["distinct verb-object pairs", *(f"{q['verb_object_pairs']:.0f}" for q in found)],
@@ -141,7 +139,7 @@ def comparison_table(names: list[str], found: list[dict]) -> str:
 
 
 def collection_table(found: dict) -> str:
-    """From completions to records."""
+    """Formats the way from completions to records."""
     rows = [
         ["completions", f"{found['completions']:,}"],
         ["of these cut by length", f"{found['cut_by_length']:,}"],
@@ -153,7 +151,7 @@ def collection_table(found: dict) -> str:
 
 
 def update_tables(path: str, tables: dict[str, str]) -> None:
-    """Replaces what stands between `<!-- NAME -->` and `<!-- end of NAME -->` for each table that the file has."""
+    """Replaces the text between `<!-- NAME -->` and `<!-- end of NAME -->` for each table that the file has."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -168,8 +166,8 @@ def update_tables(path: str, tables: dict[str, str]) -> None:
             replaced += 1
     if not replaced:
         raise UserError(
-            f"{path} has no place for a table; expected <!-- NAME --> and <!-- end of NAME --> lines around "
-            f"one, NAME being {', '.join(tables)}"
+            f"{path} has no place for a table; expected the lines <!-- NAME --> and <!-- end of NAME --> around one, "
+            f"where NAME is {', '.join(tables)}"
         )
     with atomic_write(path) as file:
         file.write(text)
@@ -184,17 +182,17 @@ def measure(
     update: str | None = None,
     result_path: str | None = None,
 ) -> None:
-    """Measures one data set, or two at equal size too, and prints tables.
+    """Measures a data set, compares it with a second one at equal size, and prints tables.
 
     Args:
         data_path: Alpaca-format data, JSON or JSON Lines.
-        compare: a second data set.
-        size: the equal size; that of the smaller set when not given.
-        recording: recorded completions that the data was made from, to count what was dropped and why.
-        seed_tasks_path: the seed tasks that the recording was made with.
-        update: a Markdown file whose tables (between `<!-- figures -->` and `<!-- end of figures -->`; likewise
-            lengths, comparison, collection) are replaced.
-        result_path: a JSON file for all numbers, with versions and commit.
+        compare: A second data set to compare with.
+        size: Number of records to compare at. By default the size of the smaller set.
+        recording: Recorded completions that the data was made from; counts what was dropped and why.
+        seed_tasks_path: Seed tasks that the recording was made with.
+        update: Markdown file whose tables to replace: those between `<!-- figures -->` and `<!-- end of figures -->`,
+            and likewise lengths, comparison and collection.
+        result_path: JSON file to write all numbers to, with device, versions and commit.
     """
     paths = [data_path, compare] if compare else [data_path]
     data_sets = [load_examples(path) for path in paths]

@@ -1,9 +1,9 @@
-"""De-duplication against large pools, beside rouge_score's own function in the same run; every decision is compared.
+"""De-duplication against large pools, beside rouge_score's own function in the same run. All decisions are compared.
 
-    python benchmarks/dedup.py run
+    python -m benchmarks.dedup run
 
-Instructions are drawn from the lengths and words of alpaca_data.json, a fifth of the candidates being instructions of
-the pool with a few words changed. Candidates come in rounds of 17, as from one answer.
+Instructions have the lengths and the words of those in alpaca_data.json. One candidate in five is an instruction of
+the pool with a few words changed. Candidates come in rounds of 17, the tasks of one answer.
 Writes benchmarks/results/dedup.json.
 """
 
@@ -12,30 +12,27 @@ import random
 import sys
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+import numpy as np
+from rouge_score import rouge_scorer
 
-import numpy as np  # noqa: E402
-from rouge_score import rouge_scorer  # noqa: E402
-
-from alpaca.cli import UserError, run_cli  # noqa: E402
-from alpaca.files import jdump  # noqa: E402
-from alpaca.generation.dedup import RougePool  # noqa: E402
-from alpaca.records import load_examples  # noqa: E402
-from benchmarks.provenance import provenance  # noqa: E402
+from alpaca.cli import UserError, run_cli
+from alpaca.files import jdump
+from alpaca.generation.dedup import RougePool
+from alpaca.records import load_examples
+from benchmarks.provenance import RESULTS, ROOT, provenance
 
 ROUND = 17
 REFERENCE_CANDIDATES = {2_000: 170, 13_000: 51, 52_000: 34, 500_000: 10}
 
 
 def draw(source: list[list[str]], count: int, rng: random.Random) -> list[str]:
-    """Instructions with the lengths and the words of real ones."""
+    """Draws instructions with the lengths and the words of real ones."""
     lengths, words = [len(words) for words in source], [word for words in source for word in words]
     return [" ".join(rng.choices(words, k=rng.choice(lengths))) for _ in range(count)]
 
 
 def draw_candidates(source: list[list[str]], pool: list[str], rng: random.Random) -> list[str]:
-    """Ten rounds of candidates."""
+    """Draws ten rounds of candidates; every fifth is a near-copy of an instruction in the pool."""
     candidates = draw(source, 10 * ROUND, rng)
     for i in range(0, len(candidates), 5):
         words = rng.choice(pool).split()
@@ -46,9 +43,9 @@ def draw_candidates(source: list[list[str]], pool: list[str], rng: random.Random
 
 
 def ours(pool: list[str], candidates: list[str]) -> tuple[list[tuple[bool, float]], float]:
-    """Decisions with their scores, and seconds for each candidate."""
+    """Screens candidates by RougePool; returns (kept, score) for each, and seconds per candidate."""
     rouge = RougePool(pool)
-    rouge.screen(candidates[:1], 0.0, 0)  # the libraries are loaded before the clock starts
+    rouge.screen(candidates[:1], 0.0, 0)  # loads the libraries before the clock starts
     start = time.perf_counter()
     verdicts = [
         verdict
@@ -59,7 +56,7 @@ def ours(pool: list[str], candidates: list[str]) -> tuple[list[tuple[bool, float
 
 
 def original(pool: list[str], candidates: list[str]) -> tuple[list[tuple[bool, float]], float]:
-    """The same by rouge_score's own function, one pair at a time in one process."""
+    """Does the same by rouge_score's own function, one pair at a time in one process."""
     tokenize = rouge_scorer.tokenizers.DefaultTokenizer().tokenize
     tokens, decisions = [tokenize(text) for text in pool], []
     start = time.perf_counter()
@@ -74,11 +71,14 @@ def original(pool: list[str], candidates: list[str]) -> tuple[list[tuple[bool, f
 
 
 def run(data_path: str = os.path.join(ROOT, "alpaca_data.json"), sizes: str = "2000,13000,52000,500000") -> None:
-    """Measures every size and prints a table.
+    """Measures every size, prints a table and writes the result.
 
     Args:
-        data_path: Alpaca-format data whose instructions give lengths and words.
-        sizes: of the pools, comma-separated.
+        data_path: Alpaca-format data whose instructions give the lengths and the words.
+        sizes: Comma-separated sizes of the pool.
+
+    Raises:
+        UserError: A decision or a score differs from rouge_score's.
     """
     source = [example["instruction"].split() for example in load_examples(data_path)]
     rng, rows = random.Random(0), []
@@ -105,7 +105,7 @@ def run(data_path: str = os.path.join(ROOT, "alpaca_data.json"), sizes: str = "2
             f"{reference / seconds:>14.0f}  {len(expected)}, all equal (scores too)"
         )
     result = {"rows": rows, **provenance("rapidfuzz", "rouge_score", "numpy")}
-    jdump(result, os.path.join(ROOT, "benchmarks", "results", "dedup.json"))
+    jdump(result, os.path.join(RESULTS, "dedup.json"))
 
 
 if __name__ == "__main__":

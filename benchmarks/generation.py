@@ -1,10 +1,11 @@
-"""Kept tasks per second against a server that takes a second per answer, at 1, 8 and 64 requests in flight.
+"""Tasks kept per second against a server that takes a second per answer, at 1, 8 and 64 requests in flight.
 
-    python benchmarks/generation.py run
+    python -m benchmarks.generation run
 
-The script and the server (tests/openai_server.py) are processes of their own. The share of capacity is the time that
-the server's slots were busy between its first request and its last answer, the script's warm-up with one request
-included. CPU is the script's own by answer, its start apart. Writes benchmarks/results/generation.json.
+The script and the server (tests/openai_server.py) run as separate processes. The share of capacity is the share of
+time that the server's slots were busy between its first request and its last answer; the script's warm-up with a
+single request counts against it. CPU time is the script's own per answer, start-up excluded.
+Writes benchmarks/results/generation.json.
 """
 
 import json
@@ -16,18 +17,15 @@ import sys
 import tempfile
 import urllib.request
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-from alpaca.cli import UserError, run_cli  # noqa: E402
-from alpaca.files import jdump  # noqa: E402
-from alpaca.records import load_examples  # noqa: E402
-from benchmarks.provenance import provenance  # noqa: E402
-from tests.openai_server import WORDS  # noqa: E402
+from alpaca.cli import UserError, run_cli
+from alpaca.files import jdump
+from alpaca.records import load_examples
+from benchmarks.provenance import RESULTS, ROOT, provenance
+from tests.openai_server import WORDS
 
 
 def write_inputs(folder: str) -> None:
-    """A prompt and 60 seed tasks."""
+    """Writes a prompt and 60 seed tasks."""
     rng = random.Random(0)
     with open(f"{folder}/prompt.txt", "w") as file:
         file.write("List of 20 tasks:\n")
@@ -38,7 +36,7 @@ def write_inputs(folder: str) -> None:
 
 
 def generate(folder: str, base_url: str, in_flight: int, requests: int) -> tuple[int, float]:
-    """Runs the script for so many requests; the tasks that it kept and its CPU seconds."""
+    """Runs the script for a number of requests; returns the number of tasks kept and the CPU seconds."""
     output_dir = f"{folder}/{in_flight}-{requests}"
     flags = {
         "base_url": base_url, "output_dir": output_dir, "request_batch_size": in_flight, "max_requests": requests,
@@ -57,9 +55,9 @@ def generate(folder: str, base_url: str, in_flight: int, requests: int) -> tuple
 
 
 def measure(folder: str, base_url: str, in_flight: int, requests: int) -> dict:
-    """One row of the table."""
+    """Measures one row of the table."""
     _, start_cpu = generate(folder, base_url, in_flight, 1)
-    served_times(base_url)  # and forget that request
+    served_times(base_url)  # resets the server's clock
     kept, cpu = generate(folder, base_url, in_flight, requests)
     times = served_times(base_url)
     row = {
@@ -74,18 +72,18 @@ def measure(folder: str, base_url: str, in_flight: int, requests: int) -> dict:
 
 
 def served_times(base_url: str) -> dict:
-    """Seconds from the server's first request to its last answer, seconds of work in them, and answers."""
+    """Asks the server for `seconds` (first request to last answer), `busy` (slot-seconds of work) and `answers`."""
     with urllib.request.urlopen(f"{base_url}/times") as response:
         return json.load(response)
 
 
 def run(seconds_per_answer: float = 1.0, seconds: float = 30.0, in_flight: str = "1,8,64") -> None:
-    """Measures each width for about so many seconds and prints a table.
+    """Measures each number of requests in flight, prints a table and writes the result.
 
     Args:
-        seconds_per_answer: of the server.
-        seconds: that each width should take.
-        in_flight: widths, comma-separated.
+        seconds_per_answer: Seconds that the server takes for one answer.
+        seconds: Seconds that each row should take, approximately.
+        in_flight: Comma-separated numbers of requests in flight.
     """
     server = subprocess.Popen(
         [sys.executable, "tests/openai_server.py", "serve", f"--seconds_per_answer={seconds_per_answer}"],
@@ -102,7 +100,7 @@ def run(seconds_per_answer: float = 1.0, seconds: float = 30.0, in_flight: str =
         server.terminate()
     jdump(
         {"seconds_per_answer": seconds_per_answer, "rows": rows, **provenance("openai", "rapidfuzz", "numpy")},
-        os.path.join(ROOT, "benchmarks", "results", "generation.json"),
+        os.path.join(RESULTS, "generation.json"),
     )
 
 
