@@ -1,4 +1,4 @@
-# make demo: the whole pipeline at toy size.  make test: all tests.  Both create .venv first, once.
+# make demo: the whole pipeline at toy size.  make test: all tests.  Both build .venv first, once.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -19,21 +19,24 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# All figures that need no GPU and no other data set. Takes 20 GB of disk and 10 GB of memory.
+# Every figure that needs neither a GPU nor another data set; 20 GB of disk and 10 GB of memory.
+# benchmarks/README.md has the figures, and the commands for the others.
 bench: .venv/.dev
-	$(BIN)/python benchmarks/data_quality.py measure --data_path alpaca_data.json --recording recordings/completions.jsonl
-	$(BIN)/python benchmarks/dedup.py run
-	$(BIN)/python benchmarks/generation.py run
-	$(BIN)/python benchmarks/tokenize.py
-	$(BIN)/python benchmarks/inference.py measure
-	$(BIN)/python benchmarks/train_throughput.py measure
-	$(BIN)/python benchmarks/weight_diff.py run --sizes 0.3B,1.1B --work_dir weight_diff_benchmark
+	$(BIN)/python -m benchmarks.data_quality measure --data_path alpaca_data.json \
+		--recording recordings/completions.jsonl
+	$(BIN)/python -m benchmarks.dedup run
+	$(BIN)/python -m benchmarks.generation run
+	$(BIN)/python -m benchmarks.tokenize
+	$(BIN)/python -m benchmarks.inference measure
+	$(BIN)/python -m benchmarks.train_throughput measure
+	$(BIN)/python -m benchmarks.memory count
+	$(BIN)/python -m benchmarks.weight_diff run --sizes 0.3B,1.1B --work_dir weight_diff_benchmark
 
 .venv/.run: requirements.txt
 	@$(PYTHON) -c "" 2>/dev/null || { echo "error: $(PYTHON) does not run; name a Python 3.10 or newer: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m demo check
 	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { echo "error: this Python has no venv module; on Debian, install python3-venv" >&2; exit 1; }
-	@echo "Creating .venv and installing requirements.txt into it; this takes minutes, once."
+	@echo "Creating .venv and installing requirements.txt into it; the first time this takes minutes."
 	@$(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt
 	@touch $@

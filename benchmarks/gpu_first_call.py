@@ -1,40 +1,40 @@
-"""Measures, on one GPU and in about two minutes, what the speed of padding-free training rests on.
+"""Measures what the speed of padding-free training depends on, on one GPU and in about two minutes.
 
-    python benchmarks/gpu_first_call.py measure
+    python -m benchmarks.gpu_first_call measure
 
-- attention: how far `varlen_attn` with shared prefixes is from float64, forward and gradients (its causal mask must
-  put the last query at the last key);
-- a decoder layer of LLaMA-7B: bytes kept for the backward pass per token, time, eager and compiled;
-- matmuls of that layer with 6,144 and 12,288 rows: TFLOP/s in bfloat16;
-- an AdamW step on float32 weights and states: time for 6.7 billion parameters, from as many as fit.
+- Attention: the error of `varlen_attn` with shared prefixes against float64, in output and gradients. (Its causal
+  mask must align the last query with the last key.)
+- A decoder layer of LLaMA-7B, eager and compiled: time, and bytes saved for the backward pass per token.
+- The matmuls of that layer with 6,144 and 12,288 rows: TFLOP/s in bfloat16.
+- An AdamW step on float32 weights and states: time for 6.7 billion parameters, scaled up from as many as fit.
 """
 
 import os
-import sys
+import statistics
 import traceback
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-from train_throughput import LLAMA_7B, drawn_examples, environment  # noqa: E402
-
-from alpaca.cli import UserError, run_cli  # noqa: E402
-from alpaca.files import jdump  # noqa: E402
+from alpaca.cli import UserError, run_cli
+from alpaca.files import jdump
+from benchmarks.provenance import RESULTS, provenance
+from benchmarks.train_throughput import LLAMA_7B, PACKAGES, drawn_examples
 
 PARAMETERS_7B = 6_738_423_808
 
 
-def measure(output: str = os.path.join(ROOT, "benchmarks", "results", "gpu_first_call.json")) -> None:
-    """Measures all of it, prints each figure and writes them as JSON.
+def measure(output: str = os.path.join(RESULTS, "gpu_first_call.json")) -> None:
+    """Measures all of it, prints each figure and writes the result.
 
     Args:
-        output: the JSON file.
+        output: JSON file to write.
+
+    Raises:
+        UserError: There is no GPU, or some figures could not be measured; the others are written all the same.
     """
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError("no GPU found; this script measures one (train_throughput.py measures a CPU too)")
-    result, failed = environment(), []
+        raise UserError("no GPU found; this benchmark measures one (train_throughput measures a CPU too)")
+    result, failed = provenance(*PACKAGES, gpu=torch.cuda.get_device_name()), []
     for name, figures in (
         ("attention_error", attention_error),
         ("decoder_layer", decoder_layer),
@@ -43,7 +43,7 @@ def measure(output: str = os.path.join(ROOT, "benchmarks", "results", "gpu_first
     ):
         try:
             result[name] = figures()
-        except Exception as error:  # whatever it is, the other figures are worth having
+        except Exception as error:  # whatever it was, the other figures are worth having
             traceback.print_exc()
             result[name] = {"failed": f"{type(error).__name__}: {error}"}
             failed.append(name)
@@ -56,7 +56,7 @@ def measure(output: str = os.path.join(ROOT, "benchmarks", "results", "gpu_first
 
 
 def one_pass(examples: int):
-    """Lays out examples with lengths like Alpaca's as one pass, on the GPU."""
+    """Lays out examples of Alpaca's lengths as one pass, on the GPU."""
     import torch
 
     from alpaca.training.packing import model as packed_model
@@ -74,7 +74,7 @@ def one_pass(examples: int):
 
 
 def attention_error() -> dict[str, float]:
-    """Relative errors of output and gradients against float64 on the CPU."""
+    """Computes the relative errors of output and gradients against float64 on the CPU."""
     import torch
 
     from alpaca.training.packing import model as packed_model
@@ -103,7 +103,7 @@ def attention_error() -> dict[str, float]:
 
 
 def decoder_layer() -> dict:
-    """Kept bytes per token and time of one layer, forward and backward, for a pass of about 6K tokens."""
+    """Measures one layer, forward and backward, in a pass of about 6K tokens: bytes saved per token, and time."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -123,7 +123,7 @@ def decoder_layer() -> dict:
         states.requires_grad_()
         rotary = model.model.rotary_emb(states, batch.position_ids)
         more = {"attention_mask": None, "position_embeddings": rotary, "packed_layout": batch.layout}
-        layer(states, **more).sum().backward()  # warms up, and makes the gradients' memory
+        layer(states, **more).sum().backward()  # warms up and allocates the gradients
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         output = layer(states, **more)
@@ -141,7 +141,7 @@ def decoder_layer() -> dict:
 
 
 def matmul_tflops() -> dict[str, float]:
-    """bfloat16 matmuls of the layer's three shapes."""
+    """Times bfloat16 matmuls of the layer's three shapes."""
     import torch
 
     found = {}
@@ -154,7 +154,7 @@ def matmul_tflops() -> dict[str, float]:
 
 
 def adamw_step() -> dict[str, float]:
-    """torch.optim.AdamW, fused and not, scaled to LLaMA-7B's parameters."""
+    """Times torch.optim.AdamW, fused and default, scaled to LLaMA-7B's parameters."""
     import torch
 
     count = min(PARAMETERS_7B, torch.cuda.mem_get_info()[0] // 24) // 10
@@ -172,9 +172,7 @@ def adamw_step() -> dict[str, float]:
 
 
 def _seconds(work, repeats: int = 20) -> float:
-    """The median time of a call, by device events, after three to warm up."""
-    import statistics
-
+    """Returns the median time of a call, by device events, after three calls to warm up."""
     import torch
 
     for _ in range(3):

@@ -1,32 +1,26 @@
-"""Measures tokens/s of `inference.py batch`: 16 prompts at once beside one at a time, in one run.
+"""Tokens per second of `inference.py batch`: 16 prompts at once, and one at a time in the same run.
 
-    python benchmarks/inference.py measure
+    python -m benchmarks.inference measure
 
-The models are LLaMAs with random weights, so nothing is downloaded; the prompts are the seed tasks. The answers are
-first all of the same length, then of random lengths (an EOS of fixed probability at each token), as real ones are: a
-batch then waits for its longest answer. Prints tokens/s and writes benchmarks/results/inference.json.
+The models are LLaMAs with random weights, so nothing is downloaded. The prompts are the seed tasks. First all answers
+have the same length; then their lengths vary like real ones (EOS has a fixed probability at each token), and a batch
+waits for its longest answer. Writes benchmarks/results/inference.json.
 """
 
-import importlib.metadata
 import math
 import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-import inference  # noqa: E402
-from alpaca.cli import run_cli  # noqa: E402
-from alpaca.files import jdump, jload  # noqa: E402
-from alpaca.inference import answering, loading  # noqa: E402
-from demo import tiny_model  # noqa: E402
+import inference
+from alpaca.cli import run_cli
+from alpaca.files import jdump, jload
+from alpaca.inference import answering, loading
+from benchmarks.provenance import RESULTS, ROOT, provenance
+from demo import tiny_model
 
 PROMPTS = 32
-ALONE = 4  # of these one at a time, spread over all prompt lengths
+ALONE = 4  # prompts to answer one at a time, spread over all lengths
 BATCH_SIZE = 16
 NEW_TOKENS = 96
 SHAPE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "vocab_size": 8000}
@@ -37,21 +31,24 @@ MODELS = {
 
 
 def measure() -> None:
-    """Measures, prints and writes the result."""
+    """Measures both models, prints the figures and writes the result."""
     result = {
-        "what": f"{PROMPTS} seed tasks in batches of {BATCH_SIZE} beside one at a time, up to {NEW_TOKENS} new tokens",
+        "what": f"{PROMPTS} seed tasks in batches of {BATCH_SIZE}, and one at a time; up to {NEW_TOKENS} new tokens",
         "models": {name: measure_model(shape) for name, shape in MODELS.items()},
         "tie_threshold": answering.TIE,
-        **environment(),
+        **provenance("torch", "transformers", "tokenizers"),
     }
-    os.makedirs(os.path.join(ROOT, "benchmarks/results"), exist_ok=True)
-    jdump(result, os.path.join(ROOT, "benchmarks/results/inference.json"))
+    jdump(result, os.path.join(RESULTS, "inference.json"))
     for name, figures in result["models"].items():
         print(f"{name}: {figures}")
 
 
 def measure_model(shape: dict) -> dict:
-    """Times both ways with a LLaMA of random weights, in float32 on the CPU."""
+    """Times both ways with a LLaMA of random weights, in float32 on the CPU.
+
+    Args:
+        shape: Settings that replace those of configs/tiny_llama.json.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tasks = inference.load_instances(os.path.join(ROOT, "seed_tasks.jsonl"))[:PROMPTS]
         jdump({**jload(os.path.join(ROOT, "configs/tiny_llama.json")), **shape}, f"{folder}/config.json")
@@ -61,7 +58,7 @@ def measure_model(shape: dict) -> dict:
     prompts = sorted((alpaca.encode(task, NEW_TOKENS)[0] for task in tasks), key=len, reverse=True)
     greedy = alpaca.settings(NEW_TOKENS, 0.0, 1.0)
     varied = alpaca.settings(NEW_TOKENS, 1.0, 1.0)
-    # The random model's tokens are about equally likely: this makes EOS one in 48.
+    # A random model finds all tokens about equally likely; this bias makes EOS one in 48.
     varied.sequence_bias = [[[alpaca.tokenizer.eos_token_id], math.log(alpaca.model.config.vocab_size / 48)]]
     alpaca.generate(prompts[:2], alpaca.settings(8, 0.0, 1.0))  # warm up
     return {
@@ -74,7 +71,7 @@ def measure_model(shape: dict) -> dict:
 
 
 def compare(alpaca: answering.Alpaca, prompts: list[list[int]], settings: object) -> dict:
-    """Times both ways; only tokens up to each answer's EOS count."""
+    """Times both ways, counting tokens up to each answer's EOS."""
     step = len(prompts) // ALONE
     alone, alone_answers = timed(alpaca, prompts[::step], settings, 1)
     batched, batched_answers = timed(alpaca, prompts, settings, BATCH_SIZE)
@@ -85,7 +82,7 @@ def compare(alpaca: answering.Alpaca, prompts: list[list[int]], settings: object
 
 
 def timed(alpaca: answering.Alpaca, prompts: list[list[int]], settings: object, size: int) -> tuple[float, list]:
-    """Generates all answers in batches of `size`; gives tokens/s and the answers."""
+    """Generates all answers in batches of `size`; returns tokens per second and the answers."""
     start = time.perf_counter()
     answers = []
     for first in range(0, len(prompts), size):
@@ -94,7 +91,7 @@ def timed(alpaca: answering.Alpaca, prompts: list[list[int]], settings: object, 
 
 
 def rounding(alpaca: answering.Alpaca, prompts: list[list[int]]) -> float:
-    """Gives how much a left-padded batch moves the best token's lead, as the largest share of the largest logit."""
+    """Measures how far a left-padded batch moves the best token's lead: at most, as a share of the largest logit."""
     import torch
 
     width = max(map(len, prompts))
@@ -107,17 +104,6 @@ def rounding(alpaca: answering.Alpaca, prompts: list[list[int]]) -> float:
     best = alone.topk(2).indices
     leads = [logits.gather(1, best).diff().squeeze(1) for logits in (batched, alone)]
     return ((leads[0] - leads[1]).abs() / alone.abs().amax(dim=1)).max().item()
-
-
-def environment() -> dict:
-    """Names the machine, the versions and the commit of a measurement."""
-    packages = ("torch", "transformers", "tokenizers")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "device": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "commit": git.stdout.strip() or None,
-    }
 
 
 if __name__ == "__main__":

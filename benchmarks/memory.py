@@ -1,41 +1,37 @@
-"""Counts the memory of a training step at full size, tensor by tensor, beside train.py's estimate; it needs no GPU.
+"""Counts the memory of a full-size training step, tensor by tensor, to check train.py's estimate. It needs no GPU.
 
-    python benchmarks/memory.py count
+    python -m benchmarks.memory count
 
-Steps run on PyTorch's fake tensors, which have shapes and no data, as one rank of a world of fake ones: the model's
-own layers, FSDP2 gathering and freeing weights, two passes of accumulation, AdamW. What a GPU takes besides is not
-counted: its context (about half a GiB), the collectives' and kernels' buffers, and what the allocator loses.
+Steps run on PyTorch's fake tensors, which have shapes but no data, as rank 0 of a fake process group: the model's own
+layers, FSDP2 gathering and freeing weights, two passes of accumulation, AdamW. Not counted is what a GPU needs on top:
+its context (about half a GiB), the buffers of collectives and kernels, and the allocator's fragmentation.
 """
 
 import contextlib
 import gc
 import os
-import sys
 import time
 import warnings
 import weakref
 from dataclasses import replace
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-import torch  # noqa: E402
-from provenance import provenance  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
-from train_throughput import LLAMA_7B  # noqa: E402
+from alpaca.cli import run_cli
+from alpaca.files import jdump
+from alpaca.training import memory
+from benchmarks.provenance import RESULTS, provenance
+from benchmarks.train_throughput import LLAMA_7B
 
-from alpaca.cli import run_cli  # noqa: E402
-from alpaca.files import jdump  # noqa: E402
-from alpaca.training import memory  # noqa: E402
-
-# The models' own numbers: Touvron et al. 2023, table 2; Zhang et al. 2022, table 1.
+# Touvron et al. 2023, table 2; Zhang et al. 2022, table 1.
 LLAMA_13B = {**LLAMA_7B, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40}
 LLAMA_13B |= {"num_attention_heads": 40, "num_key_value_heads": 40}
 OPT_67B = {"model_type": "opt", "vocab_size": 50272, "hidden_size": 4096, "word_embed_proj_dim": 4096}
 OPT_67B |= {"ffn_dim": 16384, "num_hidden_layers": 32, "num_attention_heads": 32}
-RUNS = {  # name: model, sharding, ranks, changes of the plan
+RUNS = {  # name: model, sharding, ranks, changes to the plan
     "LLaMA 7B, fsdp": (LLAMA_7B, "fsdp", 4, {}),
     "LLaMA 7B, fsdp, weights kept": (LLAMA_7B, "fsdp", 4, {"reshards": False}),
     "LLaMA 7B, fsdp, checkpointing": (LLAMA_7B, "fsdp", 4, {"checkpointing": True}),
@@ -49,15 +45,15 @@ RUNS = {  # name: model, sharding, ranks, changes of the plan
 
 
 class Meter(TorchDispatchMode):
-    """Adds up the storages of the tensors that are made while it is on, until nothing refers to them.
+    """Adds up the storages of all tensors created while it is active, for as long as anything refers to them.
 
     Attributes:
-        live: bytes now.
-        peak: the most bytes since it was last set to 0.
+        live: Bytes held now.
+        peak: Most bytes held since it was last set to 0.
     """
 
     def __init__(self):
-        """Starts with nothing."""
+        """Starts at zero bytes."""
         super().__init__()
         self.live = self.peak = 0
         self._sizes = weakref.WeakKeyDictionary()
@@ -71,7 +67,7 @@ class Meter(TorchDispatchMode):
             weakref.finalize(storage, self._forget, size)
 
     def resize(self, storage, nbytes: int) -> None:
-        """Notes a storage's new size."""
+        """Records a storage's new size."""
         if storage in self._sizes:
             size = self._sizes[storage]
             self.live, size[0] = self.live + nbytes - size[0], nbytes
@@ -81,11 +77,11 @@ class Meter(TorchDispatchMode):
         self.live, size[0] = self.live - size[0], 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Runs an operator and tracks what it returns."""
+        """Runs an operator and tracks the tensors it returns."""
         from torch.distributed.tensor import DTensor
 
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes again with the local tensors
+            return NotImplemented  # PyTorch calls again with the local tensors
         result = function(*args, **(kwargs or {}))
         for one in tree_leaves(result):
             if isinstance(one, torch.Tensor):
@@ -94,7 +90,7 @@ class Meter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def seeing_resizes(self):
-        """Sees storages freed and filled in place too, as FSDP2 does with gathered weights."""
+        """Also tracks storages that are resized in place, as FSDP2 does to gathered weights."""
         original = torch.UntypedStorage.resize_
 
         def resize(storage, nbytes):
@@ -111,7 +107,7 @@ class Meter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def fake_world(ranks: int):
-    """Makes this process rank 0 of many; collectives do nothing."""
+    """Makes this process rank 0 of a fake process group whose collectives do nothing."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -123,7 +119,7 @@ def fake_world(ranks: int):
 
 
 def make_model(config: dict, half: bool, lora_r: int):
-    """Makes a model on the meta device, in the types of train.py's."""
+    """Makes a model on the meta device, in the types that train.py uses."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from alpaca.training import lora
@@ -138,10 +134,10 @@ def count_step(config: dict, plan: memory.Plan, lora_r: int = 0, packed: bool = 
     """Counts the most bytes that a step holds at once on a device.
 
     Args:
-        config: of the model, as transformers takes it.
-        plan: how it is trained. Its sharding is none (of a single rank), fsdp or offload.
-        lora_r: rank of an adapter; 0 trains all weights.
-        packed: whether passes are padding-free; then `batch` must be 1.
+        config: Model configuration, as transformers takes it.
+        plan: How the model is trained; its sharding is none (with one rank), fsdp or offload.
+        lora_r: Rank of a LoRA adapter; 0 trains all weights.
+        packed: Whether passes are padding-free; the plan's batch must then be 1.
     """
     model = make_model(config, plan.half, lora_r)
     meter, step = Meter(), (_packed_step if packed else _padded_step)(model, plan)
@@ -150,7 +146,7 @@ def count_step(config: dict, plan: memory.Plan, lora_r: int = 0, packed: bool = 
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model.to_empty(device="cpu").eval()
         for layer in _layers(model):
-            layer.train()  # they alone: OPT draws, in training, whether to leave layers out, which takes data
+            layer.train()  # the layers alone: OPT's LayerDrop draws a number in training mode, which needs data
         model.tie_weights()
         if plan.checkpointing:
             model.gradient_checkpointing_enable()
@@ -158,13 +154,13 @@ def count_step(config: dict, plan: memory.Plan, lora_r: int = 0, packed: bool = 
             _shard(model, mesh, plan)
         for tensor in (*model.parameters(), *model.buffers()):
             meter.track(_local(tensor))
-        # AdamW gets this rank's parts: a DTensor would work out its rules on tensors of the whole shape.
+        # AdamW gets this rank's shards: for a DTensor, sharding rules are worked out on tensors of the full shape.
         trained = {p: torch.nn.Parameter(_local(p).detach()) for p in model.parameters() if p.requires_grad}
         fused = {"foreach": plan.scratch > 0, "fused": plan.scratch == 0}
         optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, **fused)
         stack.enter_context(meter.seeing_resizes())
         stack.enter_context(meter)
-        for _ in range(2):  # the first makes Adam's moments
+        for _ in range(2):  # the first step creates Adam's moments
             meter.peak = 0
             step()
             step()
@@ -174,7 +170,7 @@ def count_step(config: dict, plan: memory.Plan, lora_r: int = 0, packed: bool = 
             optimizer.step()
             states = meter.live
             optimizer.zero_grad()
-    # Offloaded, masters, gradients and moments are on the host, and so is AdamW.
+    # With offload, master weights, gradients and moments are on the host, and AdamW runs there.
     return passes - states if plan.sharding == "offload" else meter.peak
 
 
@@ -187,7 +183,7 @@ def _layers(model) -> list:
 
 
 def _shard(model, mesh, plan: memory.Plan) -> None:
-    """Wraps a model as accelerate does for train.py, in the precision of sharding.spare_accuracy."""
+    """Wraps a model as accelerate does for train.py, in the same precision."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     half = torch.bfloat16 if plan.half else None
@@ -207,7 +203,7 @@ def _padded_step(model, plan: memory.Plan):
 
 
 def _packed_step(model, plan: memory.Plan):
-    """One document as long as a pass: attention keeps what variable-length attention keeps on a GPU."""
+    """Runs one document as long as a pass: attention then saves what variable-length attention saves on a GPU."""
     from alpaca.training.packing import model as packed_model
     from alpaca.training.packing import passes as packing_passes
 
@@ -223,13 +219,13 @@ def _packed_step(model, plan: memory.Plan):
     return step
 
 
-def count(output: str = os.path.join(ROOT, "benchmarks", "results", "memory.json")) -> None:
-    """Counts the README's recipes and prints each beside its estimate.
+def count(output: str = os.path.join(RESULTS, "memory.json")) -> None:
+    """Counts each recipe of RUNS, prints it beside train.py's estimate and writes the result.
 
     Args:
-        output: the JSON file.
+        output: JSON file to write.
     """
-    warnings.simplefilter("ignore")  # of what transformers renames, and FSDP2's of views, which stay as they are here
+    warnings.simplefilter("ignore")  # transformers' about renamed names, and FSDP2's about views; neither matters here
     rows = {}
     for name, (config, sharding, ranks, changes) in RUNS.items():
         start = time.perf_counter()
@@ -237,7 +233,7 @@ def count(output: str = os.path.join(ROOT, "benchmarks", "results", "memory.json
         lora_r, packed = settings.pop("lora_r", 0), settings.pop("packed", False)
         plan = memory.Plan(sharding, ranks, ranks, **settings)
         counted = count_step(config, plan, lora_r, packed)
-        padded = replace(plan, length=min(plan.length, 512))  # what train.py counts a layer with
+        padded = replace(plan, length=min(plan.length, 512))  # the length at which train.py counts a layer
         shape = memory.model_shape(make_model(config, plan.half, lora_r), padded)
         estimated = memory.estimate(shape, plan)[0]
         rows[name] = {"counted_gib": round(counted / 2**30, 2), "estimated_gib": round(estimated / 2**30, 2)}

@@ -1,33 +1,29 @@
-"""Measures training steps on the same examples: padded, padding-free, with a shared prefix, and TRL's SFTTrainer.
+"""Training steps on the same examples: padded, padding-free, with a shared prefix, and by TRL's SFTTrainer.
 
-    python benchmarks/train_throughput.py measure                                    # tiny LLaMA, a few minutes of CPU
-    python benchmarks/train_throughput.py measure --data_path alpaca_data.json       # real text in place of lengths
-    python benchmarks/train_throughput.py measure --model llama-7b --steps 4         # one GPU with 141 GB
+    python -m benchmarks.train_throughput measure                                 # tiny LLaMA, minutes on a CPU
+    python -m benchmarks.train_throughput measure --data_path alpaca_data.json    # real text, not drawn lengths
+    python -m benchmarks.train_throughput measure --model llama-7b --steps 4      # one GPU with 141 GB
 
-Every row runs in a process of its own, with random weights, on the same examples in steps of 128 (micro-batches of 4,
-as the original's). Rounds alternate between rows; a row's time is its fastest round's mean. Without --data_path,
-examples are random tokens whose lengths are drawn like Alpaca's: 127 tokens on average, x1.54 when padded by fours,
-two templates' prefixes of 29 and 39 tokens.
+Every row runs in its own process, with random weights, on the same examples in steps of 128 (micro-batches of 4, like
+the original). Rounds alternate between the rows; a row's time is the mean of its fastest round. Without --data_path,
+examples are random tokens of Alpaca's lengths: 127 tokens on average, 1.54 times as many when padded in fours, with
+the two templates' prefixes of 29 and 39 tokens.
 """
 
 import dataclasses
-import importlib.metadata
+import importlib.util
 import os
-import platform
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from alpaca.cli import UserError, run_cli
+from alpaca.files import jdump, jload
+from benchmarks.provenance import RESULTS, ROOT, provenance
 
-from alpaca.cli import UserError, run_cli  # noqa: E402
-from alpaca.files import jdump, jload  # noqa: E402
-
-# model: a configuration file, or LLaMA-7B's own numbers (Touvron et al. 2023, table 2).
+# LLaMA-7B: Touvron et al. 2023, table 2.
 LLAMA_7B = {"model_type": "llama", "vocab_size": 32001, "hidden_size": 4096, "intermediate_size": 11008}
 LLAMA_7B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
 LLAMA_7B |= {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
@@ -38,7 +34,8 @@ ROWS = {
     "TRL padding_free": {},
     "TRL packing": {},
 }
-STEP = 128  # examples of an optimizer step, as the original's
+PACKAGES = ("torch", "transformers", "accelerate", "trl")
+STEP = 128  # examples in an optimizer step, like the original's
 FULL_RUN = 1218  # such steps in three epochs of 52,002 examples
 
 
@@ -52,28 +49,55 @@ def measure(
     max_tokens_per_pass: int = 0,
     output: str = "",
 ) -> None:
-    """Measures rows side by side, prints them and writes them as JSON.
+    """Measures rows side by side, prints a table and writes the result.
 
     Args:
-        model: tiny (configs/tiny_llama.json), llama-7b, or a configuration file.
-        data_path: Alpaca-format data; its first records are used, tokenized by a small tokenizer trained on it.
-        rows: names of rows, separated by commas, or all.
-        steps: optimizer steps timed per row and round, after one that is not.
-        rounds: how often each row runs.
-        layers: decoder layers, to try a large model on a smaller GPU; the model's own number when 0.
-        max_tokens_per_pass: as train.py's flag.
-        output: the JSON file; one in benchmarks/results, named by model, data and device, when empty.
+        model: Model to train: tiny (configs/tiny_llama.json), llama-7b, or a configuration file.
+        data_path: Alpaca-format data. Its first records are used, with a small tokenizer trained on it.
+        rows: Comma-separated names of rows, or all.
+        steps: Optimizer steps to time per row and round; one more, not timed, runs before them.
+        rounds: Number of times that each row runs.
+        layers: Number of decoder layers, to try a large model on a smaller GPU; 0 keeps the model's own number.
+        max_tokens_per_pass: Same as the flag of train.py.
+        output: JSON file to write. By default one in benchmarks/results, named after model, data and device.
     """
+    chosen, missing = _choose_rows(rows)
+    job = {"model": model, "data_path": data_path, "steps": steps, "layers": layers, "max_tokens": max_tokens_per_pass}
+    runs, failed = _run_rounds(job, chosen, rounds)
+    gpu = _gpu()
+    result = {
+        **provenance(*PACKAGES, gpu=gpu),
+        **job,
+        "rounds": rounds,
+        "skipped": missing,
+        "failed": failed,
+        "rows": _summarize(runs),
+    }
+    name = os.path.splitext(os.path.basename(model))[0] + ("_real_text" if data_path else "")
+    path = output or os.path.join(RESULTS, f"train_throughput_{name}_{'gpu' if gpu else 'cpu'}.json")
+    jdump(result, path)
+    print(format_table(result), f"written to {os.path.relpath(path)}", sep="\n")
+
+
+def _choose_rows(rows: str) -> tuple[list[str], list[str]]:
+    """Returns the rows to run, and those that can't run because TRL isn't installed."""
     chosen = list(ROWS) if rows == "all" else [row.strip() for row in rows.split(",")]
     if unknown := [row for row in chosen if row not in ROWS]:
         raise UserError(f"--rows {unknown[0]}: no such row; there are {', '.join(ROWS)}")
-    missing = {row for row in chosen if row.startswith("TRL") and not _installed("trl")}
+    has_trl = importlib.util.find_spec("trl") is not None
+    missing = sorted({row for row in chosen if row.startswith("TRL") and not has_trl})
     for row in missing:
         print(f"{row}: skipped, trl is not installed here", flush=True)
-    chosen = [row for row in chosen if row not in missing]
-    job = {"model": model, "data_path": data_path, "steps": steps, "layers": layers, "max_tokens": max_tokens_per_pass}
-    runs = {row: [] for row in chosen}
-    failed = {}  # a row that runs out of memory doesn't cost the others
+    return [row for row in chosen if row not in missing], missing
+
+
+def _run_rounds(job: dict, chosen: list[str], rounds: int) -> tuple[dict[str, list[dict]], dict[str, str]]:
+    """Runs every row once a round. A row that fails, for want of memory for instance, does not stop the others.
+
+    Returns:
+        The results of each row, and the error of each row that failed.
+    """
+    runs, failed = {row: [] for row in chosen}, {}
     for number in range(rounds):
         for row in (row for row in chosen if row not in failed):
             try:
@@ -84,21 +108,21 @@ def measure(
                 print(f"round {number + 1}, {error}", flush=True)
     if not any(runs.values()):
         raise UserError(f"no row ran; {next(iter(failed.values()))}")
+    return runs, failed
+
+
+def _summarize(runs: dict[str, list[dict]]) -> list[dict]:
+    """Picks each row's fastest round; adds MFU and the ratio to the padded row."""
     table = [
         {"row": row, **min(found, key=lambda run: run["seconds_per_step"])} for row, found in runs.items() if found
     ]
     base = next((entry["useful_tokens_per_s"] for entry in table if entry["row"] == "padded"), None)
-    peak = max(run["peak_tflops"] for found in runs.values() for run in found)  # timed in each run where it is timed
+    # On a CPU the peak is timed in every run, and differs a little; the highest counts.
+    peak = max(run["peak_tflops"] for found in runs.values() for run in found)
     for entry in table:
         entry["mfu"], entry["hardware_mfu"] = (round(entry[f"{k}_tflops"] / peak, 4) for k in ("useful", "executed"))
         entry["ratio"] = round(entry["useful_tokens_per_s"] / base, 2) if base else None
-    result = {**environment(), **job, "rounds": rounds, "skipped": sorted(missing), "failed": failed, "rows": table}
-    device = "gpu" if result["gpu"] else "cpu"
-    name = os.path.splitext(os.path.basename(model))[0]
-    name += "_real_text" if data_path else ""
-    path = output or os.path.join(ROOT, "benchmarks", "results", f"train_throughput_{name}_{device}.json")
-    jdump(result, path)
-    print(format_table(result), f"written to {os.path.relpath(path)}", sep="\n")
+    return table
 
 
 def format_table(result: dict) -> str:
@@ -108,7 +132,7 @@ def format_table(result: dict) -> str:
     for row in result["rows"]:
         cells = [row["row"], f"{row['useful_tokens_per_s']:,.0f}", f"{row['ratio'] or float('nan'):.2f}"]
         cells += [
-            f"{row['work_per_useful_token']:.2f}" if row["work_per_useful_token"] else "–",  # TRL's isn't counted
+            f"{row['work_per_useful_token']:.2f}" if row["work_per_useful_token"] else "–",  # TRL's is not counted
             f"{row['mfu']:.1%}",
             f"{row['hardware_mfu']:.1%}" if row["hardware_mfu"] else "–",
             f"{row['peak_memory_gib']:.2f} GiB",
@@ -118,36 +142,14 @@ def format_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _installed(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None
-
-
-def environment() -> dict:
-    """Says what a figure was measured on: device, versions, commit, date."""
+def _gpu() -> str | None:
     import torch
 
-    def git(*command: str) -> str:
-        if not shutil.which("git"):
-            return ""
-        run = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
-        return run.stdout.strip()
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    names = ("torch", "transformers", "accelerate", "trl")
-    return {
-        "gpu": gpu,
-        "device": gpu or f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names if _installed(name)},
-        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _world_of_one() -> dict[str, str]:
-    """What torchrun would set for one process, so that FSDP2 holds float32 masters and computes in bfloat16."""
+    """Returns what torchrun would set for one process: FSDP2 then holds float32 weights and computes in bfloat16."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -160,7 +162,7 @@ def _run_row(job: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         jdump({**job, "folder": folder}, os.path.join(folder, "job.json"))
         run = subprocess.run(
-            [sys.executable, os.path.abspath(__file__), "run_row", f"--folder={folder}"],
+            [sys.executable, "-m", "benchmarks.train_throughput", "run_row", f"--folder={folder}"],
             env={**os.environ, **(_world_of_one() if torch.cuda.is_available() else {})},
             capture_output=True,
             text=True,
@@ -175,10 +177,10 @@ def _run_row(job: dict) -> dict:
 
 
 def run_row(folder: str) -> None:
-    """Trains one row (`measure` starts it).
+    """Trains one row; `measure` runs this command in a process of its own.
 
     Args:
-        folder: holds job.json; result.json is written there.
+        folder: Folder that holds job.json; result.json is written there.
     """
     job = jload(os.path.join(folder, "job.json"))
     settings, count = _settings(job), STEP * (job["steps"] + 1)
@@ -210,10 +212,14 @@ def _settings(job: dict) -> dict:
 
 
 def drawn_examples(count: int, vocab_size: int) -> list[dict]:
-    """Random tokens with the lengths of Alpaca's examples in LLaMA's tokens.
+    """Draws random tokens with the lengths that Alpaca's examples have in LLaMA's tokens.
 
-    Two fifths have an input. Log-normal lengths of what stands between prefix and answer were fitted to 999 records;
-    those of the answers have the spread that gives the original's 127 tokens a mean padding of x1.54 in fours.
+    Two fifths have an input. The lengths between prefix and answer are log-normal, fitted to 999 records. Answers are
+    log-normal too, with the spread at which padding in fours makes 1.54 tokens of one, as it does in the original's
+    data (127 tokens on average).
+
+    Returns:
+        `input_ids` and `labels` of each example, int64 tensors of equal length, at most 512.
     """
     import numpy
     import torch
@@ -280,7 +286,7 @@ def _trainer(job: dict, settings: dict, examples: list[dict]):
 
     flags = {"max_tokens_per_pass": job["max_tokens"], **ROWS[job["row"]]}
     args = TrainingArguments(**_common(job, 4), **flags)
-    skeleton = _random_model(settings, "meta")  # as in train.py, the memory is looked at before the weights are there
+    skeleton = _random_model(settings, "meta")  # like train.py, estimate memory before the weights exist
     if args.fsdp:
         sharding.fit_fsdp(args, skeleton)
     packed, shared, _ = passes.choose(skeleton.config, args.padding_free, args.shared_prefix)
@@ -293,7 +299,7 @@ def _trainer(job: dict, settings: dict, examples: list[dict]):
     trainer = AlpacaTrainer(model=model, args=args, train_dataset=numbered, data_collator=collator, shape=shape)
     if packed:
         job["notes"].append(trainer.pack(args.max_tokens_per_pass or tokens, shared))
-        if torch.cuda.is_available():  # as train.py's --compile_layers auto
+        if torch.cuda.is_available():  # like train.py's --compile_layers auto
             packed_model.compile_layers(model)
     return trainer
 
@@ -304,9 +310,9 @@ class _Padding:
 
 
 def _trl_trainer(job: dict, settings: dict, examples: list[dict]):
-    """TRL at its own settings for this: sequences of one micro-batch end to end, or filled up to 512 tokens.
+    """Makes TRL's trainer, padding-free (a micro-batch end to end) or packing (sequences filled up to 512 tokens).
 
-    Without its default of gradient checkpointing, which no other row has.
+    Gradient checkpointing, TRL's default, is off, because no other row uses it.
     """
     import datasets
     from tokenizers import Tokenizer, models
@@ -329,10 +335,10 @@ def _trl_trainer(job: dict, settings: dict, examples: list[dict]):
 
 
 class Counter:
-    """A Trainer callback that times steps after the first, and counts what the model computes in them."""
+    """A Trainer callback that times all steps after the first and counts the tokens and logits computed in them."""
 
     def __init__(self, model):
-        """Hooks the first decoder layer and lm_head of a model that no trainer has prepared yet."""
+        """Hooks the first decoder layer and lm_head; call it before a trainer prepares the model."""
         import torch
 
         self.cuda = torch.cuda.is_available()
@@ -356,7 +362,7 @@ class Counter:
         return hook
 
     def __getattr__(self, name: str):
-        """Events of the Trainer that are of no interest here."""
+        """Ignores all other events of the Trainer."""
         if name.startswith("on_"):
             return lambda *args, **kwargs: None
         raise AttributeError(name)
@@ -368,7 +374,7 @@ class Counter:
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Stops it."""
+        """Stops the clock."""
         self._synchronize()
         if self.counting:
             self.seconds += time.perf_counter() - self.start
@@ -382,10 +388,11 @@ class Counter:
             torch.cuda.synchronize()
 
     def result(self, examples: list[dict], job: dict) -> dict:
-        """Sums up. MFU counts 6 FLOPs per parameter and useful token, hardware MFU what ran; attention is left out.
+        """Sums up a run.
 
-        Work is the one over the other: 1.54 for padding alone. It is 0 where lm_head was not called: TRL has a loss of
-        its own, whose logits are not seen here.
+        MFU counts 6 FLOPs per parameter and useful token; hardware MFU counts what was executed. Both leave attention
+        out. `work_per_useful_token` is executed over useful: 1.54 for padding alone. It is 0 if lm_head was never
+        called: TRL computes the loss its own way, and its logits are not seen here.
         """
         from alpaca.training import throughput
 
@@ -395,7 +402,7 @@ class Counter:
         peak, source = throughput.peak_flops(self.device)
         ideal = 6 * (self.body + self.head) * useful
         executed = 6 * (self.body * self.tokens + self.head * self.logits) if self.logits else 0
-        # Packed sequences don't hold 128 examples a step: what counts is the time for 128 examples' tokens.
+        # A step of packed sequences does not hold 128 examples: report the time for the tokens of 128 examples.
         step_seconds = self.seconds / useful * STEP * sum(len(e["input_ids"]) for e in examples) / len(examples)
         return {
             "useful_tokens_per_s": round(useful / self.seconds, 1),

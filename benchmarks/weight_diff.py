@@ -1,34 +1,30 @@
-"""Seconds, peak memory and the ratio to `cp` of make_diff and recover, beside two whole models in memory.
+"""Time and peak memory of make_diff and recover, beside `cp` and beside a reference that loads two whole models.
 
-    python benchmarks/weight_diff.py run --sizes 0.3B,1.1B --work_dir /tmp/weight_diff_benchmark
+    python -m benchmarks.weight_diff run --sizes 0.3B,1.1B --work_dir weight_diff_benchmark
 
-Writes pairs of random float32 LLaMA checkpoints (9 GB each time for 1.1 B parameters, 18 GB of memory for the
-reference), removes them, and writes benchmarks/results/weight_diff.json. Every figure of a size comes from one run.
+Writes pairs of random float32 LLaMA checkpoints, measures and removes them. All figures of one size come from one run.
+It takes 20 GB of disk, and 10 GB of memory for the reference. Writes benchmarks/results/weight_diff.json.
 """
 
 import contextlib
 import filecmp
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from statistics import median
 
 import numpy as np
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from alpaca.cli import UserError, run_cli
+from alpaca.files import jdump
+from alpaca.weight_diff.checkpoint_files import plan_output
+from alpaca.weight_diff.stream import Sink
+from benchmarks.provenance import RESULTS, ROOT, provenance
 
-from alpaca.cli import UserError, run_cli  # noqa: E402
-from alpaca.files import jdump  # noqa: E402
-from alpaca.weight_diff.checkpoint_files import plan_output  # noqa: E402
-from alpaca.weight_diff.stream import Sink  # noqa: E402
-
-# hidden size, intermediate size, layers, attention heads, key-value heads; 1.1B is TinyLlama's shape.
+# Hidden size, intermediate size, layers, attention heads, key-value heads; 1.1B has TinyLlama's shape.
 SHAPES = {"0.3B": (1024, 2816, 18, 16, 16), "1.1B": (2048, 5632, 22, 32, 4)}
 VOCABULARY = 32000
 REFERENCE = """
@@ -51,7 +47,7 @@ with torch.inference_mode():
 
 
 def write_pair(size: str, raw: str, tuned: str) -> None:
-    """Writes a base and a model tuned from it: noise added in float64, one more row of vocabulary."""
+    """Writes a base model and a tuned one: the base plus noise added in float64, with one more row of vocabulary."""
     hidden, inner, layers, heads, groups = SHAPES[size]
     keys = hidden // heads * groups
     shapes = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
@@ -87,12 +83,21 @@ def write_pair(size: str, raw: str, tuned: str) -> None:
 
 
 def measure(command: list[str], target: str) -> dict:
-    """Seconds, the same until `target` is on the disk, processor seconds and peak resident memory of a process."""
+    """Runs a process and measures it.
+
+    Args:
+        command: The process to run.
+        target: Folder that the process writes.
+
+    Returns:
+        `seconds` of wall time; `synced_seconds`, the same until `target` is on the disk; `cpu_seconds`; `peak_mb`, the
+        peak resident memory.
+    """
     before, start = os.times(), time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     peak = 0
     while process.poll() is None:
-        # rusage would count the memory of this process, of which the child is a fork.
+        # Not rusage: it would count this process's memory too, because the child starts as its fork.
         with contextlib.suppress(OSError), open(f"/proc/{process.pid}/status") as status:
             peak = max([peak, *(int(line.split()[1]) for line in status if line.startswith("VmHWM"))])
         time.sleep(0.01)
@@ -109,33 +114,14 @@ def measure(command: list[str], target: str) -> dict:
 
 
 def run_size(size: str, folder: str, rounds: int, reference: bool, cold: bool) -> dict:
-    """All figures of one size, medians over rounds in which all take their turn."""
-    names = ("raw", "tuned", "diff", "out", "copy", "plain_diff", "plain_out")
-    raw, tuned, diff, out, copy, plain_diff, plain_out = (os.path.join(folder, name) for name in names)
+    """Measures one size: the medians over rounds in which all commands take turns."""
+    raw, tuned, diff, out, plain_diff = (os.path.join(folder, n) for n in ("raw", "tuned", "diff", "out", "plain_diff"))
     write_pair(size, raw, tuned)
-    script, ends = [sys.executable, os.path.join(ROOT, "weight_diff.py")], ["--path_raw", raw, "--path_diff", diff]
-    make = [*script, "make_diff", *ends, "--path_tuned", tuned]
-    recover = [*script, "recover", *ends, "--path_tuned", out, "--test_inference=False"]
+    commands = _commands(folder, reference)
     runs: dict[str, list[dict]] = {}
-    commands = {
-        "cp": (["cp", "-r", tuned, copy], [tuned], copy),
-        "make_diff": (make, [raw, tuned], diff),
-        "recover": (recover, [raw, diff], out),
-    }
-    if reference:
-        two = [sys.executable, "-c", REFERENCE]
-        commands["two models: make_diff"] = ([*two, "make_diff", raw, tuned, plain_diff], [raw, tuned], plain_diff)
-        commands["two models: recover"] = ([*two, "recover", raw, plain_diff, plain_out], [raw, plain_diff], plain_out)
     for _ in range(rounds):
         for name, (command, inputs, target) in commands.items():
-            # The same start for all: inputs in the page cache, or none, and nothing left to write of what ran before.
-            os.sync()
-            for path in [os.path.join(i, n) for i in inputs for n in os.listdir(i)]:
-                if cold:
-                    with open(path, "rb") as file:
-                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                else:
-                    subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
+            _level_the_field(inputs, cold)
             runs.setdefault(name, []).append(measure(command, target))
             if name == "recover":
                 same = all(filecmp.cmp(os.path.join(tuned, n), os.path.join(out, n), False) for n in os.listdir(tuned))
@@ -156,8 +142,37 @@ def run_size(size: str, folder: str, rounds: int, reference: bool, cold: bool) -
     return result
 
 
+def _commands(folder: str, reference: bool) -> dict[str, tuple[list[str], list[str], str]]:
+    """Lists what a round runs: name -> (command, folders it reads, folder it writes)."""
+    names = ("raw", "tuned", "diff", "out", "copy", "plain_diff", "plain_out")
+    raw, tuned, diff, out, copy, plain_diff, plain_out = (os.path.join(folder, name) for name in names)
+    script, ends = [sys.executable, os.path.join(ROOT, "weight_diff.py")], ["--path_raw", raw, "--path_diff", diff]
+    recover = [*script, "recover", *ends, "--path_tuned", out, "--test_inference=False"]
+    commands = {
+        "cp": (["cp", "-r", tuned, copy], [tuned], copy),
+        "make_diff": ([*script, "make_diff", *ends, "--path_tuned", tuned], [raw, tuned], diff),
+        "recover": (recover, [raw, diff], out),
+    }
+    if reference:
+        two = [sys.executable, "-c", REFERENCE]
+        commands["two models: make_diff"] = ([*two, "make_diff", raw, tuned, plain_diff], [raw, tuned], plain_diff)
+        commands["two models: recover"] = ([*two, "recover", raw, plain_diff, plain_out], [raw, plain_diff], plain_out)
+    return commands
+
+
+def _level_the_field(inputs: list[str], cold: bool) -> None:
+    """Gives every command the same start: no dirty pages left by the previous one; inputs cached, or (cold) not."""
+    os.sync()
+    for path in [os.path.join(folder, name) for folder in inputs for name in os.listdir(folder)]:
+        if cold:
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        else:
+            subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
+
+
 def _ratio(ours: list[dict], others: list[dict], figure: str) -> float:
-    """The median of the rounds' ratios: each compares what ran within a minute."""
+    """Returns the median of the rounds' ratios: each compares commands that ran within the same minute."""
     return round(median(a[figure] / b[figure] for a, b in zip(ours, others, strict=True)), 2)
 
 
@@ -167,28 +182,26 @@ def run(
     rounds: int = 5,
     reference: bool = True,
     cold: bool = False,
-    output: str = os.path.join(ROOT, "benchmarks", "results", "weight_diff.json"),
+    output: str = os.path.join(RESULTS, "weight_diff.json"),
 ) -> None:
-    """Measures and writes the result.
+    """Measures each size and writes the result.
 
     Args:
-        sizes: of 0.3B and 1.1B, separated by commas.
-        work_dir: a folder that does not exist, on the disk to measure; removed at the end.
-        rounds: runs of each, in turn; the median counts.
-        reference: whether to run the two models in memory as well.
-        cold: whether inputs are read from the disk rather than from the page cache.
-        output: the result's file.
+        sizes: Comma-separated sizes to measure: 0.3B, 1.1B.
+        work_dir: New folder on the disk to measure; it is removed at the end.
+        rounds: Number of rounds; the medians count.
+        reference: Also measure the reference, which loads two whole models.
+        cold: Read inputs from the disk rather than from the page cache.
+        output: JSON file to write.
     """
     work_dir = os.path.abspath(work_dir)
     if os.path.exists(work_dir):
         raise UserError(f"--work_dir {work_dir} exists; name a new folder")
     result: dict = {
-        "device": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release()}",
-        "versions": {name: version(name) for name in ("numpy", "torch", "transformers")},
-        "commit": subprocess.getoutput(f"git -C {ROOT} rev-parse --short HEAD"),
+        **provenance("numpy", "torch", "transformers"),
         "cold": cold,
         "sizes": {},
-    }  # fmt: skip
+    }
     for size in sizes.split(","):
         if size not in SHAPES:
             raise UserError(f"--sizes takes {', '.join(SHAPES)}, found {size}")

@@ -104,7 +104,10 @@ def test_command_compares_updates_tables_and_writes_the_numbers(root, tmp_path):
         (["--data_path", "bad.json"], "bad.json, record 1: no 'output'; found the fields 'instruction'"),
         (["--data_path", "good.json", "--compare", "good.json", "--size", "6"], "--size 6: the data sets have 5 and 5"),
         (["--data_path", "good.json", "--update", "none.md"], "cannot read none.md: No such file or directory"),
-        (["--data_path", "good.json", "--update", "plain.md"], "plain.md has no place for a table; expected the lines <!-- NAME"),
+        (
+            ["--data_path", "good.json", "--update", "plain.md"],
+            "plain.md has no place for a table; expected the lines <!-- NAME",
+        ),
         (["--data_path", "good.json", "--recording", "good.json"], "good.json, record 0: not a recorded completion"),
     ],
 )
