@@ -1,4 +1,6 @@
-r"""Draws the loss of a run of train.py from its trainer_state.json. The picture in assets/ was made with:
+r"""Draws the loss of a run of train.py from its trainer_state.json.
+
+The picture in this folder was made with:
 
     python -m demo.tiny_model make --config configs/tiny_llama.json --data_path alpaca_data.json \
         --output_dir tiny_llama

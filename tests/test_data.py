@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from documented import read
 
 from alpaca.records import load_examples, load_records
 
@@ -102,7 +103,7 @@ def examples(root) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def regenerated(root, tmp_path_factory):
-    """The folder that the README's command writes, run against the replayed recording over HTTP."""
+    """The folder that DATA.md's command writes, run against the replayed recording over HTTP."""
     folder = tmp_path_factory.mktemp("regenerated")
     replay = [sys.executable, "-m", "demo.replay", "--port", "0"]
     with subprocess.Popen(replay, cwd=root, stdout=subprocess.PIPE, text=True) as server:
@@ -161,13 +162,13 @@ def test_four_in_ten_bundled_tasks_have_an_input_and_answers_go_from_a_word_to_1
     assert max(lengths) <= 100
 
 
-def test_the_readmes_counts_are_those_of_the_data(root, examples, seed_tasks, recording):
-    with open(os.path.join(root, "README.md"), encoding="utf-8") as file:
-        readme = file.read()
+def test_the_counts_in_the_text_are_those_of_the_data(examples, seed_tasks, recording):
+    sheet = read("DATA.md")
     share = sum(bool(example["input"]) for example in examples) / len(examples)
     inputs = sum(bool(task["instances"][0]["input"]) for task in seed_tasks)
     classify = sum(task["is_classification"] for task in seed_tasks)
-    assert f"{len(examples):,} instruction-following tasks, {share:.0%}".replace("%", " %") in readme
-    assert f"{len(seed_tasks)} tasks in Self-Instruct's schema; {inputs} have an input, {classify} classify" in readme
-    assert f"{len(recording)} completions" in readme
-    assert f"| {len(examples):,} of our own" in readme
+    assert f"{len(examples):,} instruction-following tasks, {share:.0%}".replace("%", " %") in sheet
+    assert f"{len(seed_tasks)} tasks in Self-Instruct's schema; {inputs} have an input, {classify} classify" in sheet
+    assert f"{len(recording)} completions" in sheet
+    assert f"| {len(examples):,} of our own" in read("DIFFERENCES.md")
+    assert f"{len(examples):,} tasks" in read("README.md")

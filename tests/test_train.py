@@ -16,6 +16,7 @@ import sysconfig
 import time
 from types import SimpleNamespace
 
+import documented
 import pytest
 import sentencepiece
 import torch
@@ -288,11 +289,8 @@ def test_only_the_first_rank_of_fsdp_loads_weights(models, monkeypatch, kind):
 
 
 def readme_commands(root: str) -> list[list[str]]:
-    """The train.py commands of README.md's section on fine-tuning, as argument lists."""
-    with open(os.path.join(root, "README.md"), encoding="utf-8") as file:
-        section = file.read().partition("## Fine-tuning")[2].partition("\n## ")[0]
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", section, re.S)).replace("\\\n", " ")
-    return [shlex.split(line, comments=True) for line in blocks.splitlines() if "train.py" in line]
+    """The train.py commands of README.md and docs/training.md, as argument lists."""
+    return [shlex.split(c) for c in documented.commands("README.md", "docs/training.md") if "train.py" in c]
 
 
 def toy(command: list[str], models: dict[str, str], data: str, output_dir: str) -> list[str]:
