@@ -8,7 +8,7 @@ from typing import Any
 
 from alpaca.cli import UserError
 
-DIFF_MARK = "alpaca_weight_diff"  # in a diff's config.json: this is no model
+DIFF_MARK = "alpaca_weight_diff"  # in config.json: the folder holds a weight diff, not a model
 
 
 @contextlib.contextmanager

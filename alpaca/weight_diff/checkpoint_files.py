@@ -1,7 +1,8 @@
-"""Finds tensors in checkpoint files without reading them, and lays out the files that will hold new ones.
+"""Locates tensors in checkpoint files without reading them, and lays out the files that will hold new ones.
 
-Safetensors and 2023's `pytorch_model*.bin`, single or sharded. A safetensors file is a length, a JSON header and bytes,
-so numpy is enough for it; only a .bin file needs torch, to tell where its tensors lie. Nothing pickled is executed.
+It reads safetensors and the `pytorch_model*.bin` files of 2023, single or sharded. A safetensors file is a length, a
+JSON header and the tensors' bytes, so numpy is enough for it. Only a .bin file needs torch, to find out where its
+tensors start. Nothing pickled is executed.
 """
 
 import errno
@@ -13,6 +14,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -20,17 +22,27 @@ import numpy as np
 from alpaca.cli import UserError
 from alpaca.files import jload
 
+INDEX = "model.safetensors.index.json"
+PART = ".part"  # ends the name of a weights file while it is being written, so that nothing loads it as a model
 MAX_SHARD_BYTES = 5 * 10**9
-# numpy has no bfloat16: its bits travel as uint16.
+# safetensors' type name -> numpy type. numpy has no bfloat16, so its bits travel as uint16.
 STORED = {name: np.dtype(kind) for name, kind in (("F32", "<f4"), ("F16", "<f2"), ("BF16", "<u2"), ("U32", "<u4"))}
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _LLAMA = {(4096, 32): "7B", (5120, 40): "13B", (6656, 60): "30B", (8192, 80): "65B"}
 _WIDEST_FIRST = ("U32", "F32", "BF16", "F16")  # how safetensors' own writer orders a file's tensors
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: `dtype` is safetensors' name for it, `offset` where its bytes begin in `path`."""
+    """A tensor in a file.
+
+    Attributes:
+        name: Its name in the state dict.
+        dtype: safetensors' name of its type, such as "F32".
+        shape: Its shape.
+        path: The file.
+        offset: Position of its first byte in the file.
+    """
 
     name: str
     dtype: str
@@ -49,11 +61,42 @@ class Tensor:
 
 @dataclass
 class Checkpoint:
-    """A folder's tensors in the order of its files, and for each safetensors file its header's `__metadata__`."""
+    """The tensors of a folder, and its config.json.
+
+    Attributes:
+        folder: The folder.
+        tensors: Name -> tensor, in the order of the files.
+        metadata: Name of each safetensors file -> its header's `__metadata__`. Empty for .bin files.
+        tied: Whether the output embedding is the input embedding. Set by alpaca/weight_diff/pairing.py.
+    """
 
     folder: str
     tensors: dict[str, Tensor]
     metadata: dict[str, dict | None] = field(default_factory=dict)
+    tied: bool = False
+
+    @cached_property
+    def config_text(self) -> str:
+        """config.json with its line ends as they are.
+
+        It is read once, when first asked for: a diff's manifest can tell of a damaged one before that.
+        """
+        path = os.path.join(self.folder, "config.json")
+        if not os.path.exists(path):
+            raise UserError(f"{self.folder} has no config.json; expected a model's folder in Hugging Face format")
+        return read_text(path)
+
+    @cached_property
+    def config(self) -> dict:
+        """config.json, parsed."""
+        path = os.path.join(self.folder, "config.json")
+        try:
+            config = json.loads(self.config_text.removeprefix("\ufeff"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{path} is not a JSON object; expected a model's configuration")
+        return config
 
     @property
     def embedding(self) -> str | None:
@@ -62,7 +105,7 @@ class Checkpoint:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Hidden size and number of layers, by the tensors."""
+        """Hidden size and number of layers, from the tensors."""
         layers = {int(n) for name in self.tensors for n in re.findall(r"\.layers\.(\d+)\.", name)}
         return self.tensors[self.embedding].shape[-1] if self.embedding else 0, len(layers)
 
@@ -78,19 +121,27 @@ class Checkpoint:
         return f"{name} of hidden size {self.size[0]}, {self.size[1]} layers, {self.rows:,} rows"
 
     def layout(self) -> dict[str, list[str]]:
-        """File name -> names of its tensors; empty for a checkpoint that isn't safetensors."""
+        """Lists each safetensors file's tensors by file name; empty for .bin files."""
         files: dict[str, list[str]] = {name: [] for name in self.metadata}
         for tensor in self.tensors.values() if files else ():
             files[os.path.basename(tensor.path)].append(tensor.name)
         return {name: tensors for name, tensors in files.items() if tensors}
 
-    def identity(self) -> list[tuple[str, int, int]]:
-        """Path, size and modification time of each file: whether an interrupted run was about these very files."""
-        paths = sorted({os.path.realpath(tensor.path) for tensor in self.tensors.values()})
-        return [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
+
+def read_text(path: str) -> str:
+    """Reads a text file with its line ends as they are.
+
+    Raises:
+        UserError: It isn't UTF-8.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); download it again") from error
 
 
-def is_rotary_buffer(name: str) -> bool:
+def _is_rotary_buffer(name: str) -> bool:
     """Old LLaMA checkpoints saved a buffer that every model computes for itself."""
     return name.endswith("rotary_emb.inv_freq")
 
@@ -100,11 +151,11 @@ def is_rotary_buffer(name: str) -> bool:
 
 
 def read_checkpoint(folder: str) -> Checkpoint:
-    """Finds the tensors of a folder, rotary buffers left out.
+    """Locates the tensors of a folder, rotary buffers left out.
 
     Raises:
-        UserError: no folder, no weights; a file that is missing, truncated, damaged or a Git LFS pointer; a tensor that
-            is neither float32, float16 nor bfloat16. The file is named.
+        UserError: There is no folder or it has no weights; a file is missing, truncated, damaged or a Git LFS pointer;
+            a tensor is neither float32, float16 nor bfloat16. The message names the file.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder; expected one that holds a checkpoint (download it first)")
@@ -130,29 +181,32 @@ def _read_files(folder: str, promised: dict[str, str], files: list[str], read: C
         with open(path, "rb") as file:
             if file.read(20).startswith(b"version https://git-"):
                 raise UserError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in {folder}")
-        tensors = read(path, found)
-        found.tensors.update((tensor.name, tensor) for tensor in tensors if not is_rotary_buffer(tensor.name))
+        tensors = [tensor for tensor in read(path, found) if not _is_rotary_buffer(tensor.name)]
         for tensor in tensors:
-            if tensor.dtype not in DTYPES.values() and not is_rotary_buffer(tensor.name):
+            if tensor.dtype not in SAFETENSORS_DTYPES.values():
                 raise UserError(f"{path}: {tensor.name} is {tensor.dtype}; expected float32, float16 or bfloat16")
+            found.tensors[tensor.name] = tensor
     for name, file in promised.items():
-        if name not in found.tensors and not is_rotary_buffer(name):
+        if name not in found.tensors and not _is_rotary_buffer(name):
             raise UserError(f"{os.path.join(folder, file)} lacks {name}, though the index names it; download it again")
     return found
 
 
 def read_header(path: str) -> tuple[list[Tensor], dict | None]:
-    """The tensors of a safetensors file in the order of their bytes, and its `__metadata__`.
+    """Reads the header of a safetensors file.
+
+    Returns:
+        The tensors in the order of their bytes, and the header's `__metadata__`.
 
     Raises:
-        UserError: the file is truncated, too long or damaged.
+        UserError: The file is truncated, too long or damaged.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size:
-            raise UserError(f"{path} is truncated or no safetensors file ({size:,} bytes); download it again")
+            raise UserError(f"{path} is truncated or not a safetensors file ({size:,} bytes); download it again")
         text = file.read(length)
     try:
         header = json.loads(text)
@@ -178,7 +232,7 @@ def _read_safetensors(path: str, found: Checkpoint) -> list[Tensor]:
 
 
 def _read_bin(path: str, found: Checkpoint) -> list[Tensor]:
-    """Maps the file for as long as it takes to see where its tensors lie; no page of their data is touched."""
+    """Maps the file just long enough to see where its tensors start; no page of their data is read."""
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is truncated, or older than torch 1.6; download it again, or torch.save it again")
     import torch
@@ -192,7 +246,9 @@ def _read_bin(path: str, found: Checkpoint) -> list[Tensor]:
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_contiguous():
-            raise UserError(f"{path}: {name} is no contiguous tensor; expected a state dict as transformers saves it")
+            raise UserError(
+                f"{path}: {name} is not a contiguous tensor; expected a state dict as transformers saves it"
+            )
     shift = _file_shift(
         [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in state.values()], records
     )
@@ -205,7 +261,7 @@ def _read_bin(path: str, found: Checkpoint) -> list[Tensor]:
 
 
 def _zip_records(path: str) -> set[tuple[int, int]]:
-    """(offset of the data, size) of each storage that torch.save put into the zip file, uncompressed."""
+    """Finds (offset of the data, size) of each storage that torch.save put into the zip file, uncompressed."""
     records = set()
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
@@ -217,7 +273,12 @@ def _zip_records(path: str) -> set[tuple[int, int]]:
 
 
 def _file_shift(storages: list[tuple[int, int]], records: set[tuple[int, int]]) -> int | None:
-    """The address at which the file was mapped: the one that puts every storage where a record is."""
+    """Finds the address at which the file was mapped: the one that puts every storage where a record is.
+
+    Example:
+        Storages at addresses 5064 and 5128, 48 and 16 bytes long, and records {(64, 48), (128, 16)}: the file was
+        mapped at 5000. The first storage is tried against every record of its size.
+    """
     address, nbytes = min(storages, default=(0, 0))
     for offset, size in records:
         shift = address - offset
@@ -232,30 +293,45 @@ def _file_shift(storages: list[tuple[int, int]], records: set[tuple[int, int]]) 
 
 @dataclass
 class Output:
-    """Safetensors files to be written: each tensor's place, and each file's header and size."""
+    """Safetensors files to be written.
 
+    Attributes:
+        folder: Where they will be.
+        suffix: What their names end in until `publish`.
+        tensors: Name -> the tensor's place.
+        headers: File name, without the suffix -> the header's bytes.
+        sizes: File name -> bytes.
+    """
+
+    folder: str
+    suffix: str = ""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     headers: dict[str, bytes] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
     def create(self) -> None:
-        """Makes the files with their headers and at full length, as readable as any other file."""
-        for path, header in self.headers.items():
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        """Makes the files with their headers and at full length, with the permissions of any new file."""
+        for file, header in self.headers.items():
+            descriptor = os.open(self._path(file), os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                _take_space(descriptor, self.sizes[path])
-                os.ftruncate(descriptor, self.sizes[path])
+                _take_space(descriptor, self.sizes[file])
+                os.ftruncate(descriptor, self.sizes[file])
                 os.pwrite(descriptor, header, 0)
             finally:
                 os.close(descriptor)
 
-    def add_file(self, path: str, specs: dict[str, tuple[str, tuple[int, ...]]], metadata: dict | None) -> None:
-        """Lays a file out as safetensors' own writer does, byte for byte.
+    def publish(self) -> None:
+        """Takes the suffix off the files' names."""
+        for file in self.headers:
+            os.rename(self._path(file), os.path.join(self.folder, file))
+
+    def add_file(self, file: str, specs: dict[str, tuple[str, tuple[int, ...]]], metadata: dict | None) -> None:
+        """Lays out a file as safetensors' own writer does, byte for byte.
 
         Args:
-            path: where it will be.
-            specs: tensor name -> (dtype, shape).
-            metadata: the header's `__metadata__`.
+            file: Its name, without the suffix.
+            specs: Tensor name -> (dtype, shape).
+            metadata: The header's `__metadata__`.
         """
         header: dict = {} if metadata is None else {"__metadata__": metadata}
         end = 0
@@ -265,20 +341,52 @@ class Output:
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        self.headers[path] = struct.pack("<Q", len(text)) + text
-        self.sizes[path] = 8 + len(text) + end
+        self.headers[file] = struct.pack("<Q", len(text)) + text
+        self.sizes[file] = 8 + len(text) + end
         for name, (dtype, shape) in specs.items():
-            self.tensors[name] = Tensor(name, dtype, shape, path, 8 + len(text) + header[name]["data_offsets"][0])
+            offset = 8 + len(text) + header[name]["data_offsets"][0]
+            self.tensors[name] = Tensor(name, dtype, shape, self._path(file), offset)
+
+    def index_text(self) -> str:
+        """Builds the index of a sharded checkpoint as transformers writes it."""
+        tensors = self.tensors.values()
+        metadata = {"total_parameters": sum(t.numel for t in tensors), "total_size": sum(t.nbytes for t in tensors)}
+        files = {t.name: os.path.basename(t.path).removesuffix(self.suffix) for t in tensors}
+        return json.dumps({"metadata": metadata, "weight_map": files}, indent=2, sort_keys=True) + "\n"
+
+    def _path(self, file: str) -> str:
+        return os.path.join(self.folder, file + self.suffix)
 
 
 def _take_space(descriptor: int, size: int) -> None:
-    """Takes a file's disk space before it is written, which makes writing a quarter faster, where the disk can."""
+    """Reserves a file's disk space before it is written, where the disk can; writing is a quarter faster then."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise
+
+
+def plan_output_like(
+    model: Checkpoint, folder: str, dtype: str | None = None, copies: dict[str, str] | None = None
+) -> Output:
+    """Lays out files for tensors like a model's, with names that end in ".part".
+
+    Args:
+        model: The checkpoint whose tensors, files and metadata to repeat.
+        folder: Where the files will be.
+        dtype: Type of all tensors; the model's own when None.
+        copies: Further tensors: name -> the tensor whose type, shape and file it takes.
+    """
+    types = {name: SAFETENSORS_DTYPES[dtype] if dtype else tensor.dtype for name, tensor in model.tensors.items()}
+    specs = {name: (types[name], tensor.shape) for name, tensor in model.tensors.items()}
+    layout = model.layout()
+    for copy, name in (copies or {}).items():
+        specs[copy] = specs[name]
+        for names in layout.values():
+            names += [copy] if name in names else []
+    return plan_output(folder, specs, layout, model.metadata, PART)
 
 
 def plan_output(
@@ -291,22 +399,20 @@ def plan_output(
     """Lays tensors out in safetensors files of 5 GB at most.
 
     Args:
-        folder: where the files will be.
-        specs: tensor name -> (dtype, shape), in the order in which to fill shards.
-        layout: file name -> tensor names of a checkpoint whose files to repeat, unless one would exceed 5 GB.
-        metadata: file name -> `__metadata__` of that checkpoint.
-        suffix: what to append to the file names.
+        folder: Where the files will be.
+        specs: Tensor name -> (dtype, shape), in the order in which to fill shards.
+        layout: File name -> tensor names of a checkpoint whose files to repeat, unless one would exceed 5 GB.
+        metadata: File name -> `__metadata__` of that checkpoint.
+        suffix: What the file names end in until `Output.publish`.
     """
     sizes = {name: prod(shape) * STORED[dtype].itemsize for name, (dtype, shape) in specs.items()}
     if not layout or any(
         sum(sizes[n] for n in names) > MAX_SHARD_BYTES and len(names) > 1 for names in layout.values()
     ):
         layout, metadata = _pack(sizes), {}
-    output = Output()
+    output = Output(folder, suffix)
     for file, names in layout.items():
-        output.add_file(
-            os.path.join(folder, file + suffix), {n: specs[n] for n in names}, metadata.get(file, {"format": "pt"})
-        )
+        output.add_file(file, {n: specs[n] for n in names}, metadata.get(file, {"format": "pt"}))
     return output
 
 

@@ -1,4 +1,4 @@
-"""What stands beside a diff's weights: the manifest, the corrections' hash, and the tuned model's small files."""
+"""Everything in a folder beside its weights: manifest, config.json, index and small files such as the tokenizer's."""
 
 import hashlib
 import json
@@ -12,32 +12,65 @@ import numpy as np
 
 from alpaca.cli import UserError
 from alpaca.files import jload
-from alpaca.weight_diff.checkpoint_files import Output, Tensor
-from alpaca.weight_diff.stream import Source, converted
+from alpaca.models import DIFF_MARK
+from alpaca.weight_diff.checkpoint_files import INDEX, Checkpoint, Output, read_text
+from alpaca.weight_diff.corrections import CORRECTIONS
 
 MANIFEST = "weight_diff.json"
-CORRECTIONS = "corrections.safetensors"
-INDEX = "model.safetensors.index.json"
-MARK = "alpaca_weight_diff"  # in a diff's config.json: this is no model
 # What a model's folder holds beside weights: generation config, tokenizer, chat template.
 _SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _NOT_COPIED = ("config.json", "trainer_state.json", MANIFEST)
 
 
-def read_config(folder: str) -> dict:
-    """A model's config.json."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        raise UserError(f"{folder} has no config.json; expected a model's folder in Hugging Face format")
-    config = jload(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is no JSON object; expected a model's configuration")
-    return config
+def finish_diff(
+    output: Output, raw: Checkpoint, tuned: Checkpoint, entries: dict[str, dict], copies: dict[str, str]
+) -> None:
+    """Writes a diff's small files, index, config.json and manifest; its weights and corrections are there already.
+
+    The manifest carries the tuned config.json, and its index if it has one, verbatim, because the diff's copies differ.
+
+    Args:
+        output: The diff's weights.
+        raw: The base.
+        tuned: The tuned model.
+        entries: Tensor name -> its entry in the manifest.
+        copies: Tensors that the diff holds twice: second name -> first name.
+    """
+    carried = {"config.json": tuned.config_text}
+    if tuned.metadata and os.path.exists(index := os.path.join(tuned.folder, INDEX)):
+        carried[INDEX] = read_text(index)
+    copy_small_files(tuned.folder, output.folder)
+    _write_index(output, None if copies else carried.get(INDEX))
+    config = {**tuned.config, "architectures": [], DIFF_MARK: True}
+    if copies:
+        config["tie_word_embeddings"] = False
+    _write_text(os.path.join(output.folder, "config.json"), _config_text(config))
+    base = {"fingerprint": _fingerprint({n: e["raw"] for n, e in entries.items()}), "is": raw.looks_like}
+    _write_manifest(output, {"kind": "diff", "base": base, "carried": carried, "copies": copies, "tensors": entries})
 
 
-def is_tied(config: dict) -> bool:
-    """Whether the output embedding is the input embedding; configs of 2023 say so only where it isn't the default."""
-    return bool(config.get("tie_word_embeddings", config.get("model_type") == "opt"))
+def finish_model(
+    output: Output, diff: Checkpoint, manifest: dict[str, Any] | None, dtype: str | None, entries: dict[str, dict]
+) -> None:
+    """Writes a recovered model's small files, index, config.json and manifest; its weights are there already.
+
+    Args:
+        output: The model's weights.
+        diff: The diff.
+        manifest: Its manifest; None for a diff of 2023.
+        dtype: The type that the user asked for, or None.
+        entries: Tensor name -> its entry in the manifest.
+    """
+    carried = manifest["carried"] if manifest else {"config.json": diff.config_text}
+    copy_small_files(diff.folder, output.folder)
+    _write_index(output, carried.get(INDEX) if dtype is None else None)
+    text = carried["config.json"]
+    if dtype:
+        config = json.loads(text.removeprefix("\ufeff"))
+        key = "dtype" if "dtype" in config else "torch_dtype"
+        text = text if config.get(key) == dtype else _config_text({**config, key: dtype})
+    _write_text(os.path.join(output.folder, "config.json"), text)
+    _write_manifest(output, {"kind": "recovered", "tensors": entries})
 
 
 def copy_small_files(source: str, target: str) -> None:
@@ -47,57 +80,51 @@ def copy_small_files(source: str, target: str) -> None:
             shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
 
 
-def read_text(path: str) -> str:
-    """A file's text with its line ends as they are."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return file.read()
+def _write_index(output: Output, carried: str | None) -> None:
+    """Writes a sharded checkpoint's index: the carried text, byte for byte, if it names the same files."""
+    if set(output.headers) == {"model.safetensors"}:
+        return
+    same = carried is not None and set(json.loads(carried)["weight_map"].values()) == set(output.headers)
+    _write_text(os.path.join(output.folder, INDEX), carried if same else output.index_text())
 
 
-def write_text(path: str, text: str) -> None:
-    """The reverse of `read_text`."""
+def _write_text(path: str, text: str) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
         file.write(text)
 
 
-def index_text(output: Output) -> str:
-    """The index of a sharded checkpoint as transformers writes it."""
-    tensors = output.tensors.values()
-    metadata = {"total_parameters": sum(t.numel for t in tensors), "total_size": sum(t.nbytes for t in tensors)}
-    files = {t.name: os.path.basename(t.path).removesuffix(".part") for t in tensors}
-    return json.dumps({"metadata": metadata, "weight_map": files}, indent=2, sort_keys=True) + "\n"
+def _config_text(config: dict) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The manifest
 
 
-def write_manifest(folder: str, manifest: dict[str, Any], output: Output) -> None:
-    """Completes a manifest with the hashes of all that isn't a tensor, its own included, and writes it.
+def _write_manifest(output: Output, manifest: dict[str, Any]) -> None:
+    """Completes a manifest with the hashes of everything that isn't a tensor, its own included, and writes it.
 
-    Args:
-        folder: a folder whose other files are final, but for names that end in ".part".
-        manifest: what is known of the tensors.
-        output: the weights' files.
+    All other files of the folder are final by now, except that the weights' names may still end in ".part".
     """
-    weights = {os.path.basename(path).removesuffix(".part"): header for path, header in output.headers.items()}
-    others = [n for n in os.listdir(folder) if n.endswith(_SMALL_FILES) or n == CORRECTIONS]
+    others = [n for n in os.listdir(output.folder) if n.endswith(_SMALL_FILES) or n == CORRECTIONS]
     manifest = {
         "format_version": 2,
         **manifest,
         "versions": {"python": sys.version.split()[0], "numpy": np.__version__},
-        "headers": {name: hashlib.sha256(header).hexdigest() for name, header in sorted(weights.items())},
-        "files": {name: _file_sha256(os.path.join(folder, name)) for name in sorted(others) if name != MANIFEST},
+        "headers": {name: hashlib.sha256(header).hexdigest() for name, header in sorted(output.headers.items())},
+        "files": {n: _file_sha256(os.path.join(output.folder, n)) for n in sorted(others) if n != MANIFEST},
     }
     manifest = json.loads(json.dumps(manifest))  # tuples become lists, as in what is read back
     manifest["manifest_sha256"] = _manifest_sha256(manifest)
-    write_text(os.path.join(folder, MANIFEST), json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    path = os.path.join(output.folder, MANIFEST)
+    _write_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_manifest(folder: str) -> dict[str, Any] | None:
-    """A folder's manifest, None where there is none.
+    """Reads a folder's manifest; None if it has none.
 
     Raises:
-        UserError: it is damaged or of a later version.
+        UserError: The manifest is damaged, missing beside corrections, or has a later format.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder; expected a diff or a recovered model")
@@ -115,38 +142,19 @@ def read_manifest(folder: str) -> dict[str, Any] | None:
 
 
 def differing_files(folder: str, manifest: dict[str, Any]) -> list[str]:
-    """Files beside the tensors that are missing or not what the manifest says; weights whose headers aren't."""
-    wrong = []
-    for name, expected in manifest["files"].items():
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path) or _file_sha256(path) != expected:
-            wrong.append(name)
-    for name, expected in manifest["headers"].items():
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path) or _header_sha256(path) != expected:
-            wrong.append(name)
-    return wrong
+    """Lists the files that are missing or differ from the manifest; of a weights file only its header counts."""
+    expected = {name: (_file_sha256, sha256) for name, sha256 in manifest["files"].items()}
+    expected |= {name: (_header_sha256, sha256) for name, sha256 in manifest["headers"].items()}
+    paths = {name: os.path.join(folder, name) for name in expected}
+    return [
+        name
+        for name, (hash_of, sha256) in expected.items()
+        if not os.path.isfile(paths[name]) or hash_of(paths[name]) != sha256
+    ]
 
 
-def probe(tensor: Tensor, dtype: str) -> str:
-    """A hash of eight spots of a tensor, to tell a wrong base before gigabytes are read."""
-    sha256 = hashlib.sha256()
-    with Source(tensor) as source:
-        for spot in range(8):
-            start = max(0, tensor.numel - 256) * spot // 7
-            window = source.peek(start, min(tensor.numel, start + 256))
-            sha256.update(converted(window, tensor.dtype, dtype))
-    return sha256.hexdigest()
-
-
-def differing_probes(raw: dict[str, Tensor], manifest: dict[str, Any]) -> list[str]:
-    """The tensors whose probes aren't those of the base that the diff was made with."""
-    entries = {name: entry["raw"] for name, entry in manifest["tensors"].items()}
-    return [n for n, t in raw.items() if probe(t, entries[n]["dtype"]) != entries[n]["probe"]]
-
-
-def fingerprint(entries: dict[str, dict]) -> str:
-    """One hash for a base: of its tensors' names, shapes, types and hashes."""
+def _fingerprint(entries: dict[str, dict]) -> str:
+    """Hashes the names, shapes, types and hashes of a base's tensors into one hash for the base."""
     lines = [f"{name} {list(e['shape'])} {e['dtype']} {e['sha256']}\n" for name, e in sorted(entries.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -1,4 +1,10 @@
-"""What an added row of the vocabulary is in the base: the mean of its rows, to the last bit as torch computes it."""
+"""The mean of a matrix's rows, to the last bit as torch computes it.
+
+In 2023 the base got a row for each added token, such as [PAD], before it was subtracted: the mean of its other rows. A
+diff made then recovers to the bit only if that mean is the same, down to its rounding. For LLaMA's 32,000 rows of 4096
+random weights (deviation 0.02), numpy's `mean(axis=0)` differs from torch's in 99 % of the columns: -3.520434e-05
+instead of -3.5204186e-05 in the first one.
+"""
 
 import numpy as np
 
@@ -7,11 +13,16 @@ from alpaca.weight_diff.stream import WINDOW, Source, as_float32
 
 
 def mean_row(tensor: Tensor) -> np.ndarray:
-    """The mean of a matrix's rows, to the last bit what torch's `mean(dim=0)` gives for it as float32 on a CPU.
+    """Computes the mean of a matrix's rows, exactly as torch's `mean(dim=0)` does for float32 on a CPU.
 
     torch adds the rows in a cascade of four float32 sums (aten/src/ATen/native/cpu/SumKernel.cpp) and divides by their
-    number. Columns left over from blocks of 32 (of 4 where there are fewer than 8 columns) are added in four cascades
-    of every fourth row each. Neither threads nor AVX2 or AVX-512 change that.
+    number. Columns left over from blocks of 32 (of 4 if there are fewer than 8 columns) are added in four cascades of
+    every fourth row each. Neither threads nor AVX2 or AVX-512 change that.
+
+    Example:
+        [32000, 100]: columns 0 to 95 are three blocks of 32, summed by one cascade over all 32,000 rows. Columns 96 to
+        99 take four cascades: rows 0, 4, 8, ...; rows 1, 5, 9, ...; and so on, 8,000 rows each. Their totals are added.
+        With 32,003 rows the last three are added to the first total one by one, before the other three totals.
 
     Args:
         tensor: [rows, columns].
@@ -27,7 +38,7 @@ def mean_row(tensor: Tensor) -> np.ndarray:
     block, rest = np.empty(step * columns, np.float32), np.empty((0, columns - blocks), np.float32)
     with Source(tensor, step * columns) as source:
         for first in range(0, rows, step):
-            stored = source.peek(first * columns, min(rows, first + step) * columns)
+            stored = source.read(first * columns, min(rows, first + step) * columns)
             values = as_float32(stored, tensor.dtype, block[: len(stored)]).reshape(-1, columns)
             whole.add(values[:, :blocks])
             if blocks < columns:
@@ -42,7 +53,13 @@ def mean_row(tensor: Tensor) -> np.ndarray:
 
 
 class _Cascade:
-    """torch's sum: a level takes `step` terms from the one below it before that one's rounding errors grow."""
+    """torch's sum in four levels: each hands its sum on to the next after `step` terms, before rounding errors grow.
+
+    Example:
+        For 32,000 rows a step is 16. Level 0 sums 16 rows and hands them on to level 1, which hands on 256 rows to
+        level 2, which hands on 4,096 rows to level 3. At the end level 3 holds 7 x 4,096 = 28,672 rows and level 2 the
+        other 13 x 256 = 3,328. The total is level 0 + level 1 + level 2 + level 3.
+    """
 
     def __init__(self, rows: int, columns: int):
         self._power = max(4, (rows - 1).bit_length() // 4)
@@ -51,10 +68,10 @@ class _Cascade:
         self._count = 0
 
     def add(self, rows: np.ndarray) -> None:
-        """Adds rows; all calls but the last bring a multiple of `step`."""
+        """Adds rows; every call but the last brings a multiple of `step`."""
         for first in range(0, len(rows), self.step):
             group = rows[first : first + self.step]
-            # numpy adds row after row, as torch does, unless there is but one column.
+            # numpy adds row after row, as torch does, unless there is only one column.
             total = np.add.accumulate(group)[-1] if group.shape[1] == 1 else np.add.reduce(group, axis=0)
             self._levels[0] = total + np.float32(0)
             self._count += len(group)

@@ -1,0 +1,1 @@
+"""Makes, recovers and verifies weight diffs by streaming tensors from file to file."""
