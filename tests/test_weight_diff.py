@@ -31,6 +31,7 @@ from weight_diff_pairs import (
 
 import weight_diff
 from alpaca.prompts import PROMPT_DICT
+from alpaca.tokenizers import load_tokenizer
 from alpaca.weight_diff import checkpoint_files
 
 
@@ -164,6 +165,30 @@ def test_python_gets_the_tuned_model_and_its_tokenizer(tiny, tmp_path, kind, cap
     )
 
 
+def test_python_gets_the_corrected_tokenizer(tmp_path):
+    """transformers' own AutoTokenizer loses one of the spaces that a text begins with."""
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    from demo import tiny_model
+
+    indented = [{"instruction": f"{' ' * i}if a:{' ' * 2 * i}b", "output": f"c{' ' * i}d"} for i in range(1, 17)] * 20
+    write(tmp_path / "data.json", json.dumps(indented))
+    config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    write(tmp_path / "config.json", json.dumps({**config, "num_attention_heads": 2, "vocab_size": 320}))
+    raw, tuned = str(tmp_path / "raw"), str(tmp_path / "tuned")
+    tiny_model.make(str(tmp_path / "config.json"), str(tmp_path / "data.json"), raw)
+    shutil.copytree(raw, tuned)
+    diff = make_diff(raw, tuned, str(tmp_path))
+    _, tokenizer = weight_diff.recover(raw, diff, str(tmp_path / "out"), test_inference=False)
+
+    text = "  a  b   if  a:" + " " * 7 + "d"
+    reference = sentencepiece.SentencePieceProcessor(os.path.join(raw, "tokenizer.model"))
+    ids = [reference.bos_id(), *reference.encode(text)]
+    assert tokenizer(text)["input_ids"] == ids == load_tokenizer(raw)[0](text)["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] != ids
+
+
 def test_sum_of_alpaca_7b_is_told_with_and_without_rotary_buffers():
     shapes = {EMBED: (32001, 4096), **{f"model.layers.{i}.self_attn.q_proj.weight": (1, 1) for i in range(32)}}
     diff = checkpoint_files.Checkpoint("", {n: checkpoint_files.Tensor(n, "F32", s, "", 0) for n, s in shapes.items()})
@@ -216,16 +241,21 @@ def test_a_device_that_is_not_there_costs_no_recovered_model(tiny, tmp_path, cap
 MEASURED = """
 import sys, weight_diff
 getattr(weight_diff, sys.argv[1])(*sys.argv[2:], **({"test_inference": False} if sys.argv[1] == "recover" else {}))
-print("torch" in sys.modules, next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+loaded = [name for name in ("torch", "transformers", "openai") if name in sys.modules]
+print(*loaded, next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
 
-def measured(*arguments) -> tuple[bool, float]:
-    """Whether torch was loaded, and the peak resident memory in MB, of a process that runs one command."""
+def measured(*arguments) -> tuple[list[str], float]:
+    """Runs one command in a process of its own.
+
+    Returns:
+        Which of torch, transformers and openai it has loaded, and its peak resident memory in MB.
+    """
     done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=True)
-    torch_loaded, peak = done.stdout.split("\n")[-2].split()
+    *loaded, peak = done.stdout.split("\n")[-2].split()
     assert re.search(r"\[\d\d:\d\d<.*B/s\]", done.stderr)  # progress: time left and bytes a second
-    return torch_loaded == "True", int(peak) / 1024
+    return loaded, int(peak) / 1024
 
 
 def test_memory_is_bounded_and_does_not_grow_with_the_model(tmp_path):
@@ -238,18 +268,18 @@ def test_memory_is_bounded_and_does_not_grow_with_the_model(tmp_path):
             ("make_diff", raw, tuned, str(folder / "diff")),
             ("recover", raw, str(folder / "diff"), str(folder / "out")),
         ):
-            torch_loaded, peak = measured(*arguments)
-            assert not torch_loaded
+            loaded, peak = measured(*arguments)
+            assert loaded == []
             peaks.append(peak)
         assert os.path.getsize(folder / "out" / "model.safetensors") > hidden * 70_000
         if hidden == 256:
             bins = save(folder / "bin", load(raw), bin_files=True)
-            torch_loaded, peak = measured("recover", bins, str(folder / "diff"), str(folder / "from_bin"))
-            assert torch_loaded
+            loaded, peak = measured("recover", bins, str(folder / "diff"), str(folder / "from_bin"))
+            assert loaded == ["torch"]
             # A build for GPUs takes 500 MB for its import alone, one for CPUs 220.
-            command = [sys.executable, "-c", "import sys, torch\n" + MEASURED.split("\n")[-2]]
+            command = [sys.executable, "-c", "import sys, torch\nloaded = []\n" + MEASURED.split("\n")[-2]]
             alone = subprocess.check_output(command, text=True)
-            assert peak < int(alone.split()[1]) / 1024 + 100
+            assert peak < int(alone.split()[0]) / 1024 + 100
             assert_same_files(folder / "from_bin", tuned)
         shutil.rmtree(folder)
     assert max(peaks) < 100
@@ -269,3 +299,11 @@ def test_command_line_takes_the_originals_flags_and_refuses_in_one_line(pair, tm
     shown = subprocess.run([*script, "make_diff", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
     assert "PATH_TUNED" in shown.stdout + shown.stderr
+    resumed = subprocess.run([*script, "recover", *flags, "--resume"], capture_output=True, text=True)
+    assert (resumed.returncode, resumed.stdout) == (2, "")
+    assert resumed.stderr.startswith("error: unknown flag --resume; ")
+
+
+def test_main_runs_a_command(pair, tmp_path, capsys):
+    weight_diff.main(["verify", "--path", pair[2]])
+    assert "the diff, 19 tensors, each as the manifest says" in capsys.readouterr().out

@@ -1,8 +1,10 @@
 """Only what belongs together is paired."""
 
+import builtins
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from weight_diff_pairs import (
     HEAD,
     assert_same_files,
     edited,
+    flip,
     llama_shapes,
     load,
     make_diff,
@@ -88,3 +91,35 @@ def test_another_base_is_told_before_gigabytes_are_read(pair, tmp_path):
     assert os.listdir(tmp_path) == ["edited"]
     assert "is a weight diff" in refused(weight_diff.recover, diff, diff, str(tmp_path / "out"))
     assert "is a model, not a diff" in refused(weight_diff.recover, pair[0], pair[1], str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("command", ["make_diff", "recover", "verify"])
+def test_each_folders_config_is_read_once(pair, tmp_path, monkeypatch, command):
+    raw, tuned, diff = pair
+    read, opened = builtins.open, []
+    monkeypatch.setattr(
+        builtins, "open", lambda path, *args, **kwargs: opened.append(str(path)) or read(path, *args, **kwargs)
+    )
+    if command == "make_diff":
+        weight_diff.make_diff(raw, tuned, str(tmp_path / "out"))
+        folders = [raw, tuned]
+    elif command == "recover":
+        unmarked = shutil.copytree(diff, tmp_path / "diff")
+        for name in ("weight_diff.json", "corrections.safetensors"):
+            os.unlink(unmarked / name)
+        opened.clear()
+        weight_diff.recover(raw, str(unmarked), str(tmp_path / "out"), test_inference=False)
+        folders = [raw, str(unmarked)]
+    else:
+        weight_diff.verify(tuned, diff)
+        folders = [tuned]
+    for folder in folders:
+        assert opened.count(os.path.join(folder, "config.json")) == 1
+
+
+def test_a_damaged_base_is_still_known_as_the_base(pair, tmp_path):
+    raw, _, diff = pair
+    broken = shutil.copytree(raw, tmp_path / "raw")
+    flip(broken / "model.safetensors", 8 * (os.path.getsize(broken / "model.safetensors") - 1))
+    message = refused(weight_diff.verify, str(broken), diff)
+    assert re.search(r": 1 of 19 tensors and files differ from the manifest: \S+$", message)
