@@ -87,7 +87,7 @@ def recover(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> "Recovered":
-    """Adds a diff to its base. If the diff has a manifest, both and the result are verified.
+    """Adds a diff to its base. If the diff has a manifest, the inputs and the result are verified.
 
     Args:
         path_raw: Folder of the base model in Hugging Face format.
@@ -109,12 +109,11 @@ def recover(
         raise UserError(f"--dtype must be {', '.join(SAFETENSORS_DTYPES)}, found {dtype!r}")
     if path_tuned is None:
         with tempfile.TemporaryDirectory(prefix="recovered_") as folder:
-            target = os.path.join(folder, "model")
-            recovered = recover(path_raw, path_diff, target, device, False, check_integrity_naively, dtype)
+            recovered = recover(path_raw, path_diff, f"{folder}/model", device, False, check_integrity_naively, dtype)
             recovered.load()
     else:
         total, diff = _write_tuned(path_raw, path_diff, path_tuned, dtype, overwrite)
-        if total is not None and check_integrity_naively:
+        if check_integrity_naively and total is not None:
             print(_naive_integrity(total, diff))
         recovered = Recovered(path_tuned, device)
     if test_inference:
@@ -125,7 +124,7 @@ def recover(
 def _write_tuned(
     path_raw: str, path_diff: str, path_tuned: str, dtype: str | None, overwrite: bool
 ) -> tuple[float | None, Checkpoint]:
-    """Writes the recovered model; returns the sum of its elements if nothing else can vouch for it, and the diff."""
+    """Writes the recovered model. Returns the sum of its elements if the diff has no manifest, and the diff."""
     work = PartialFolder(path_tuned, "--path_tuned", [path_raw, path_diff], overwrite)
     raw, (diff, manifest) = read_model(path_raw, "--path_raw"), read_diff(path_diff)
     pairs = match_tensors(raw, diff)
@@ -186,8 +185,7 @@ class Recovered:
 
     def answer(self) -> None:
         """Answers one instruction, if the model has a tokenizer and fits in memory."""
-        obstacle = self._obstacle() if self._loaded is None else None
-        if obstacle:
+        if self._loaded is None and (obstacle := self._obstacle()):
             print(f"no test inference: {obstacle}")
             return
         try:
@@ -241,8 +239,8 @@ def verify(path: str, path_diff: str | None = None) -> None:
     if wrong:
         listed = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
         raise UserError(f"{path}: {len(wrong)} of {len(entries)} tensors and files differ from the manifest: {listed}")
-    what = {"raw": "the base of the diff", "diff": "the diff", "tuned": "the tuned model"}[role]
-    print(f"{path}: {what}, {len(entries)} tensors, each as the manifest says")
+    role_name = {"raw": "the base of the diff", "diff": "the diff", "tuned": "the tuned model"}[role]
+    print(f"{path}: {role_name}, {len(entries)} tensors, each as the manifest says")
 
 
 def info(path_diff: str) -> None:
@@ -252,7 +250,8 @@ def info(path_diff: str) -> None:
         path_diff: Folder of the diff.
     """
     diff, manifest = read_checkpoint(path_diff), read_manifest(path_diff)
-    size, dtypes = sum(t.nbytes for t in diff.tensors.values()), {t.dtype for t in diff.tensors.values()}
+    size = sum(tensor.nbytes for tensor in diff.tensors.values())
+    dtypes = {tensor.dtype for tensor in diff.tensors.values()}
     types = ", ".join(name for name, kind in SAFETENSORS_DTYPES.items() if kind in dtypes)
     print(f"holds: {len(diff.tensors)} tensors, {size / 1e9:.3f} GB in {types}; {diff.looks_like}")
     if not manifest:

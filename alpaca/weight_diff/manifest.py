@@ -39,7 +39,7 @@ def finish_diff(
     carried = {"config.json": tuned.config_text}
     if tuned.metadata and os.path.exists(index := os.path.join(tuned.folder, INDEX)):
         carried[INDEX] = read_text(index)
-    copy_small_files(tuned.folder, output.folder)
+    _copy_small_files(tuned.folder, output.folder)
     _write_index(output, None if copies else carried.get(INDEX))
     config = {**tuned.config, "architectures": [], DIFF_MARK: True}
     if copies:
@@ -62,7 +62,7 @@ def finish_model(
         entries: Tensor name -> its entry in the manifest.
     """
     carried = manifest["carried"] if manifest else {"config.json": diff.config_text}
-    copy_small_files(diff.folder, output.folder)
+    _copy_small_files(diff.folder, output.folder)
     _write_index(output, carried.get(INDEX) if dtype is None else None)
     text = carried["config.json"]
     if dtype:
@@ -73,7 +73,7 @@ def finish_model(
     _write_manifest(output, {"kind": "recovered", "tensors": entries})
 
 
-def copy_small_files(source: str, target: str) -> None:
+def _copy_small_files(source: str, target: str) -> None:
     """Copies tokenizer, chat template and generation config."""
     for name in sorted(os.listdir(source)):
         if name.endswith(_SMALL_FILES) and name not in _NOT_COPIED and not name.endswith(".index.json"):

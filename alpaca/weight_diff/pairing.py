@@ -117,7 +117,7 @@ def check_base(raw: Checkpoint, pairs: Pairs, manifest: dict[str, Any]) -> None:
     Raises:
         UserError: The base isn't the one that the diff was made with.
     """
-    wrong = differing_probes({name: base for name, (base, _) in pairs.items()}, manifest)
+    wrong = _differing_probes({name: base for name, (base, _) in pairs.items()}, manifest)
     if not wrong:
         return
     why = "it is another model, or another version of it"
@@ -129,7 +129,7 @@ def check_base(raw: Checkpoint, pairs: Pairs, manifest: dict[str, Any]) -> None:
     )
 
 
-def differing_probes(raw: dict[str, Tensor], manifest: dict[str, Any]) -> list[str]:
+def _differing_probes(raw: dict[str, Tensor], manifest: dict[str, Any]) -> list[str]:
     """Lists the tensors whose probes aren't those of the base that the diff was made with."""
     entries = {name: entry["raw"] for name, entry in manifest["tensors"].items()}
     return [n for n, t in raw.items() if probe(t, entries[n]["dtype"]) != entries[n]["probe"]]
@@ -154,7 +154,7 @@ def role_of(found: Checkpoint, manifest: dict[str, Any], is_own: bool) -> str:
     entries, tensors = manifest["tensors"], found.tensors
     if any(name not in tensors or list(tensors[name].shape) != e["raw"]["shape"] for name, e in entries.items()):
         return "tuned"
-    wrong = differing_probes({name: tensors[name] for name in entries}, manifest)
+    wrong = _differing_probes({name: tensors[name] for name in entries}, manifest)
     return "raw" if len(wrong) < len(entries) / 2 else "tuned"
 
 

@@ -11,9 +11,8 @@ from alpaca.files import lock
 from alpaca.weight_diff.checkpoint_files import Output
 
 _SPARE_BYTES = 64 << 20  # for the small files and the file system
-# The first file in a folder that we are writing, and the last one to go: only a folder that has it is ever cleared.
+# The first file in a folder that we write, and the last one to be removed: only a folder that has it is ever cleared.
 MARKER = "weight_diff.unfinished"
-_MARKER_TEXT = "weight_diff.py left this folder unfinished. The next run of the same command clears it.\n"
 
 
 class PartialFolder:
@@ -63,7 +62,9 @@ class PartialFolder:
             lock(descriptor, self.folder, self._flag)
             try:
                 _clear(self.folder)
-                _mark(self.folder)
+                _mark(
+                    self.folder, "weight_diff.py is writing this folder. If it was stopped, run the same command again."
+                )
                 yield
             except BaseException:
                 if os.path.isdir(self.folder):
@@ -97,7 +98,9 @@ class PartialFolder:
         if self._target_is_filled():
             if os.path.isdir(self._replaced):
                 _remove(self._replaced)
-            _mark(self.target)
+            _mark(
+                self.target, "weight_diff.py was replacing this folder. If it was stopped, run the same command again."
+            )
             os.rename(self.target, self._replaced)
         os.rename(self.folder, self.target)
         os.unlink(os.path.join(self.target, MARKER))
@@ -109,7 +112,7 @@ class PartialFolder:
 
 
 def _is_foreign(path: str) -> bool:
-    """Whether something stands at a path that we may not clear: anything but an empty folder or one with our marker."""
+    """Whether a path is taken by anything but an empty folder or one with our marker, so that we may not clear it."""
     if not os.path.lexists(path):
         return False
     if os.path.islink(path) or not os.path.isdir(path):
@@ -118,9 +121,9 @@ def _is_foreign(path: str) -> bool:
     return bool(names) and MARKER not in names
 
 
-def _mark(folder: str) -> None:
+def _mark(folder: str, text: str) -> None:
     with open(os.path.join(folder, MARKER), "w", encoding="utf-8") as file:
-        file.write(_MARKER_TEXT)
+        file.write(text + "\n")
 
 
 def _clear(folder: str) -> None:
