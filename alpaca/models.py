@@ -1,4 +1,4 @@
-"""Models as whole folders: loaded with nothing missing, and read back after they were saved."""
+"""Loads complete models, and reloads saved ones to check them."""
 
 import contextlib
 import glob
@@ -24,17 +24,17 @@ def one_line_load_errors(name_or_path: str) -> Iterator[None]:
 
 
 def load_model(name_or_path: str, dtype: Any, cache_dir: str | None = None, device: str | None = None):
-    """Loads a causal language model, all of it: transformers would make up the weights that its files lack.
+    """Loads a causal language model and refuses an incomplete one; transformers would initialize missing weights.
 
     Args:
         name_or_path: A folder or a Hub id.
-        dtype: Of the weights in memory; "auto" takes the checkpoint's.
-        cache_dir: Where downloads go.
-        device: Where the weights go; the host's memory when None.
+        dtype: Type of the weights in memory; "auto" takes the checkpoint's.
+        cache_dir: Folder for downloads.
+        device: Where the weights go; the host's memory if None.
 
     Raises:
-        UserError: There is no such model, files are missing or broken, or a tensor is, or has another shape than the
-            config says.
+        UserError: There is no such model, a file is missing or damaged, a tensor is missing, or a tensor's shape
+            contradicts the config.
     """
     from transformers import AutoModelForCausalLM
 
@@ -57,7 +57,7 @@ def load_model(name_or_path: str, dtype: Any, cache_dir: str | None = None, devi
 
 
 def host_memory(total: bool = False) -> int:
-    """Gets the memory that this machine, or this container, has free for us, or in all; in bytes."""
+    """Gets the free memory of this machine or container in bytes, or with `total` all of it."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -71,7 +71,9 @@ def host_memory(total: bool = False) -> int:
 
 
 def tensor_shapes(model) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Lists a model's tensors as its files hold them: transformers renames some (GPT-NeoX), and splits experts' ones.
+    """Lists a model's tensors by the names in its files. In memory transformers renames some and merges experts'.
+
+    GPT-NeoX's output layer, for example, is lm_head in memory and embed_out in files.
 
     Returns:
         Name -> shape, and for tensors that share memory, name -> name of the first.
@@ -92,18 +94,18 @@ def tensor_shapes(model) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
 
 
 def verify(folder: str, shapes: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> int:
-    """Reads a saved model back: every tensor there, of its shape, finite.
+    """Reloads a saved model and checks it: every tensor present, right shape, finite.
 
     Args:
-        folder: holds safetensors, in one file or in shards with an index.
-        shapes: name -> shape of every tensor of the model.
-        aliases: name -> name of the tensor that it shares its memory with; one of the two is enough.
+        folder: Holds safetensors, in one file or in shards with an index.
+        shapes: Name -> shape of every tensor of the model.
+        aliases: Name -> name of the tensor that it shares memory with; one of the two must be present.
 
     Returns:
-        How many tensors were checked.
+        The number of tensors checked.
 
     Raises:
-        RuntimeError: something is missing, misshapen, not finite or unknown.
+        RuntimeError: A tensor is missing, unknown, not finite, or has the wrong shape.
     """
     from safetensors import safe_open
 

@@ -1,6 +1,6 @@
-"""Tokenizers as the original had them, and their special tokens.
+"""Loads tokenizers that give the original's tokens, and adds special tokens.
 
-transformers 5 rebuilds a LLaMA tokenizer from `tokenizer.model` in a way that changes tokens; it is corrected here.
+transformers 5 rebuilds a LLaMA tokenizer from `tokenizer.model` in a way that changes tokens; this module fixes it.
 """
 
 import contextlib
@@ -9,17 +9,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# What a tokenizer is given where it has none (the original's names and values).
+# What a tokenizer gets if it has none (the original's names and values).
 DEFAULT_PAD_TOKEN = "[PAD]"
-
 DEFAULT_EOS_TOKEN = "</s>"
-
 DEFAULT_BOS_TOKEN = "<s>"
-
 DEFAULT_UNK_TOKEN = "<unk>"
 
-
-# Tokens that tokenizers keep in reserve, in the order in which padding takes them. The vocabulary needn't grow then.
+# Reserved tokens of known tokenizers. Padding takes the first that exists, so that the vocabulary needn't grow.
 RESERVED_FOR_PADDING = (
     r"<\|finetune_right_pad_id\|>|<pad>|\[PAD\]|<\|pad\|>|<\|endoftext\|>",
     r"<\|reserved_special_token_\d+\|>|\[control_\d+\]|<SPECIAL_\d+>|<unused\d+>|<\|extra_\d+\|>",
@@ -27,7 +23,7 @@ RESERVED_FOR_PADDING = (
 
 
 def load_tokenizer(name_or_path: str, model_max_length: int | None = None, cache_dir: str | None = None):
-    """Loads a tokenizer and mends what transformers 5 breaks in LLaMA's.
+    """Loads a tokenizer and fixes what transformers 5 breaks in LLaMA's.
 
     - Empty-string special tokens of old conversions become LLaMA's own.
     - A tokenizer made from `tokenizer.model` adds BOS unless its config says otherwise.
@@ -35,12 +31,12 @@ def load_tokenizer(name_or_path: str, model_max_length: int | None = None, cache
       spaces differently.
 
     Args:
-        name_or_path: a folder or a Hub id.
-        model_max_length: tokens per example, longer ones are cut; the tokenizer's own when None.
-        cache_dir: where downloads go.
+        name_or_path: A folder or a Hub id.
+        model_max_length: Tokens per example, longer ones are cut; the tokenizer's own limit if None.
+        cache_dir: Folder for downloads.
 
     Returns:
-        The tokenizer (padding on the right) and a list of lines that say what was mended.
+        The tokenizer (padding on the right) and a list of lines that say what was fixed.
     """
     from transformers import AutoTokenizer
 
@@ -68,10 +64,10 @@ def _load_llama_tokenizer(name_or_path: str, proto, config: dict, settings: dict
     if config.get("add_bos_token") is None:
         settings["add_bos_token"] = True
     tokenizer = LlamaTokenizer.from_pretrained(name_or_path, legacy=True, **settings)
-    # Saved with the checkpoint, where transformers drops it: without it the text after a chat template's <s> loses its
-    # prefix space, and a server's prompt begins "Bel|ow" instead of "▁Below".
+    # transformers would not save this setting with the checkpoint. Without it the text after a chat template's <s>
+    # loses its prefix space, and a server's prompt begins "Bel|ow" instead of "▁Below".
     tokenizer.init_kwargs["legacy"] = True
-    if _mend_merges(tokenizer, proto):
+    if _fix_merges(tokenizer, proto):
         notes.append("BPE merges put into the order of sentencepiece's scores (double spaces tokenized differently)")
     return tokenizer, notes
 
@@ -108,7 +104,7 @@ def _read_sentencepiece(path: str):
     try:
         with open(path, "rb") as file:
             proto.ParseFromString(file.read())
-    except Exception:  # tiktoken's files go by the same name
+    except Exception:  # tiktoken's files have the same name
         return None
     return proto if proto.pieces else None
 
@@ -116,9 +112,9 @@ def _read_sentencepiece(path: str):
 def sentencepiece_merges(proto) -> list[tuple[str, str]]:
     """Lists BPE merges so that the `tokenizers` library splits text as sentencepiece does.
 
-    sentencepiece joins the pair whose piece scores best and, among equals, the leftmost. `tokenizers` goes by the
-    order of this list, so pieces are sorted by score. LLaMA's runs of spaces all score alike; longer ones come first,
-    so that the leftmost run grows before another one starts.
+    sentencepiece joins the pair whose piece scores best and, among equals, the leftmost. `tokenizers` follows the
+    order of this list, so pieces are sorted by score. LLaMA's runs of spaces all have the same score; longer ones come
+    first, so that the leftmost run grows before another one starts.
     """
     ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     merges = []
@@ -131,15 +127,15 @@ def sentencepiece_merges(proto) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(merges)]
 
 
-def _mend_merges(tokenizer, proto) -> bool:
-    """Makes the tokenizer split as sentencepiece does; returns whether its merges had another order."""
+def _fix_merges(tokenizer, proto) -> bool:
+    """Makes the tokenizer split as sentencepiece does. Returns True if its merges had another order."""
     from tokenizers import normalizers
     from tokenizers.models import BPE
 
     backend, merges = tokenizer.backend_tokenizer, sentencepiece_merges(proto)
     loaded = json.loads(backend.to_str())["model"]
     if loaded["vocab"] != (vocab := {piece.piece: i for i, piece in enumerate(proto.pieces)}):
-        return False  # tokenizer.json holds another vocabulary than tokenizer.model, and it is the one in use
+        return False  # tokenizer.json is in use, and its vocabulary is not tokenizer.model's
     backend.model = BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True)
     backend.pre_tokenizer = None
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -149,18 +145,16 @@ def _mend_merges(tokenizer, proto) -> bool:
 def special_tokens_to_add(tokenizer, may_grow: bool = True) -> dict[str, str]:
     """Chooses the special tokens that a tokenizer lacks for training.
 
-    What the tokenizer has stays. Padding takes a token that the vocabulary holds in reserve (Llama 3, Mistral, Qwen)
-    and only where there is none the original's new `[PAD]`; it never takes EOS, which the model has to learn.
+    The tokenizer keeps the tokens it has. Padding takes a reserved token of the vocabulary (Llama 3, Mistral, Qwen),
+    or else the original's new `[PAD]`. It never takes EOS, which the model has to learn.
 
     Args:
-        tokenizer: the tokenizer.
-        may_grow: whether the vocabulary may grow by `[PAD]`. A LoRA adapter has no rows for it; padding is UNK then.
+        tokenizer: The tokenizer.
+        may_grow: Whether `[PAD]` may be added to the vocabulary. A LoRA adapter has no row for it; it pads with UNK.
 
     Returns:
-        Arguments for `tokenizer.add_special_tokens`, such as {"pad_token": "[PAD]"}; empty where nothing is missing.
+        Arguments for `tokenizer.add_special_tokens`, such as {"pad_token": "[PAD]"}; empty if nothing is missing.
     """
-    from alpaca.tokenizers import DEFAULT_EOS_TOKEN, DEFAULT_PAD_TOKEN
-
     missing = {}
     if not tokenizer.eos_token:
         missing["eos_token"] = DEFAULT_EOS_TOKEN
@@ -179,19 +173,19 @@ def special_tokens_to_add(tokenizer, may_grow: bool = True) -> dict[str, str]:
 
 
 def smart_tokenizer_and_embedding_resize(special_tokens_dict: dict[str, str], tokenizer: Any, model: Any) -> int:
-    """Adds special tokens and, where the tokenizer has outgrown the model's rows, rows for them.
+    """Adds special tokens, and rows for them if the tokenizer has outgrown the model.
 
-    New input and output rows are the mean of the old ones, as in the original. Unlike the original it never shrinks:
-    OPT has 50,272 rows for 50,265 tokens, and they stay. Right for parameters that DeepSpeed ZeRO-3 has partitioned
-    too; FSDP shards only afterwards.
+    New input and output rows are the mean of the old ones, as in the original. Unlike the original it never removes
+    rows: OPT has 50,272 for 50,265 tokens, and keeps them. It also works on parameters that DeepSpeed ZeRO-3 has
+    partitioned; FSDP shards only afterwards.
 
     Args:
-        special_tokens_dict: such as {"pad_token": "[PAD]"}; empty adds none.
-        tokenizer: gets the tokens.
-        model: gets the rows, in place.
+        special_tokens_dict: The tokens, such as {"pad_token": "[PAD]"}; empty adds none.
+        tokenizer: Gets the tokens.
+        model: Gets the rows, in place.
 
     Returns:
-        How many rows were added.
+        The number of rows added.
     """
     tokenizer.add_special_tokens(special_tokens_dict)
     embeddings = [model.get_input_embeddings().weight]
@@ -211,7 +205,7 @@ def smart_tokenizer_and_embedding_resize(special_tokens_dict: dict[str, str], to
 
 @contextlib.contextmanager
 def _gathered(parameters: list) -> Iterator[None]:
-    """Makes parameters whole that ZeRO-3 has partitioned, for rank 0 to modify; leaves others alone."""
+    """Gathers parameters that ZeRO-3 has partitioned, for rank 0 to modify; does nothing to others."""
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         import deepspeed
 

@@ -130,7 +130,7 @@ def make_model(config: dict, half: bool, lora_r: int):
     return lora.add_adapter(model, lora_r, 16.0, 0.05, None) if lora_r else model
 
 
-def count_step(config: dict, plan: memory.Plan, lora_r: int = 0, packed: bool = False) -> float:
+def count_step(config: dict, plan: memory.Workload, lora_r: int = 0, packed: bool = False) -> float:
     """Counts the most bytes that a step holds at once on a device.
 
     Args:
@@ -182,7 +182,7 @@ def _layers(model) -> list:
     return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
 
 
-def _shard(model, mesh, plan: memory.Plan) -> None:
+def _shard(model, mesh, plan: memory.Workload) -> None:
     """Wraps a model as accelerate does for train.py, in the same precision."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -192,7 +192,7 @@ def _shard(model, mesh, plan: memory.Plan) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=plan.reshards)
 
 
-def _padded_step(model, plan: memory.Plan):
+def _padded_step(model, plan: memory.Workload):
     def step() -> None:
         ids = torch.zeros(plan.batch, plan.length, dtype=torch.int64)
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.half and plan.sharding == "none"):
@@ -202,7 +202,7 @@ def _padded_step(model, plan: memory.Plan):
     return step
 
 
-def _packed_step(model, plan: memory.Plan):
+def _packed_step(model, plan: memory.Workload):
     """Runs one document as long as a pass: attention then saves what variable-length attention saves on a GPU."""
     from alpaca.training.packing import model as packed_model
     from alpaca.training.packing import passes as packing_passes
@@ -231,7 +231,7 @@ def count(output: str = os.path.join(RESULTS, "memory.json")) -> None:
         start = time.perf_counter()
         settings = {"batch": 4, "length": 512, "half": True, "scratch": 4, **changes}
         lora_r, packed = settings.pop("lora_r", 0), settings.pop("packed", False)
-        plan = memory.Plan(sharding, ranks, ranks, **settings)
+        plan = memory.Workload(sharding, ranks, ranks, **settings)
         counted = count_step(config, plan, lora_r, packed)
         padded = replace(plan, length=min(plan.length, 512))  # the length at which train.py counts a layer
         shape = memory.model_shape(make_model(config, plan.half, lora_r), padded)

@@ -278,29 +278,20 @@ def _common(job: dict, batch: int) -> dict:
 def _trainer(job: dict, settings: dict, examples: list[dict]):
     import torch
 
-    from alpaca.training import memory, sharding
-    from alpaca.training.packing import model as packed_model
-    from alpaca.training.packing import passes
-    from alpaca.training.trainer import AlpacaTrainer
-    from train import DataCollatorForSupervisedDataset, TrainingArguments
+    from alpaca.training.plan import make_plan, write
+    from train import DataArguments, DataCollatorForSupervisedDataset, ModelArguments, TrainingArguments, make_trainer
 
     flags = {"max_tokens_per_pass": job["max_tokens"], **ROWS[job["row"]]}
     args = TrainingArguments(**_common(job, 4), **flags)
     skeleton = _random_model(settings, "meta")  # like train.py, estimate memory before the weights exist
-    if args.fsdp:
-        sharding.fit_fsdp(args, skeleton)
-    packed, shared, _ = passes.choose(skeleton.config, args.padding_free, args.shared_prefix)
+    plan = make_plan(ModelArguments(), DataArguments(job["data_path"] or "drawn"), args, skeleton)
+    write(args, plan.settings)
     collator = DataCollatorForSupervisedDataset(_Padding())
     numbered = [{**example, "record": torch.tensor(i)} for i, example in enumerate(examples)]
-    shape = memory.model_shape(skeleton, memory.plan_of(args))
-    job["notes"] = [memory.choose_resharding(shape, args, packed)]
-    tokens = memory.tokens_per_pass(shape, args)
     model = _random_model(settings)
-    trainer = AlpacaTrainer(model=model, args=args, train_dataset=numbered, data_collator=collator, shape=shape)
-    if packed:
-        job["notes"].append(trainer.pack(args.max_tokens_per_pass or tokens, shared))
-        if torch.cuda.is_available():  # like train.py's --compile_layers auto
-            packed_model.compile_layers(model)
+    trainer = make_trainer(plan, model=model, args=args, train_dataset=numbered, data_collator=collator)
+    job["notes"] = [trainer.describe()] if plan.padding_free else []
+    job["notes"] += plan.notes
     return trainer
 
 

@@ -8,6 +8,9 @@ import pytest
 
 pytest_plugins = ["generation_runs"]  # its fixtures serve both generate_instruction.py's tests and its wing's
 
+# Helper modules whose assertions should explain themselves.
+pytest.register_assert_rewrite("packing_models", "toy_tokenizers", "training_runs")
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 

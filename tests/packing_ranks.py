@@ -1,4 +1,4 @@
-"""Run by torchrun from test_packing.py: how far sharded passes are from the padded batch, as JSON."""
+"""Run by torchrun from training/packing/test_model.py: how far sharded passes are from the padded batch, as JSON."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from test_packing import gradients, load_examples, make_model, micro_batches, packed_loss, padded_loss, worst
+from packing_models import gradients, load_examples, make_model, micro_batches, packed_loss, padded_loss, worst
 from torch.distributed.fsdp import fully_shard
 
 from alpaca.training.packing import model as packed_model

@@ -1,191 +1,244 @@
-"""train.py's command line: flags are known and explained before torch and transformers are imported, and checked.
+"""The flags of train.py: parsed by HfArgumentParser, checked beside their definition."""
 
-Importing the Trainer takes seconds. So the dataclasses that define the flags are read as source, not imported.
-"""
-
-import ast
+import argparse
+import dataclasses
 import difflib
 import importlib.util
 import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+import transformers
+from transformers.integrations import integration_utils
 
 from alpaca.cli import UserError
 from alpaca.files import nearest_existing
+from alpaca.training import lora
+from alpaca.training.plan import flag_settings, write
+
+Switch = Literal["auto", "true", "false", "True", "False"]
 
 
 @dataclass
-class Flag:
-    """A command-line flag, as its dataclass field tells."""
+class ModelArguments:
+    """What to train."""
 
-    name: str
-    default: str
-    help: str
+    model_name_or_path: str = field(default="facebook/opt-125m", metadata={"help": "The model: a folder or a Hub id."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter; 0 trains all weights."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "LoRA's scale times its rank: the scale is alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
+    lora_target_modules: str | None = field(
+        default=None,
+        metadata={"help": "Modules that get an adapter, separated by commas; all linear layers if not given."},
+    )
+
+    def __post_init__(self):
+        """Refuses values that don't fit."""
+        name = self.model_name_or_path
+        _require(
+            os.path.isdir(name) or re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name),
+            f"--model_name_or_path {name}: no such folder; expected a model's folder or a Hub id",
+        )
+        _require(self.lora_r >= 0, f"--lora_r must be 0 (train all weights) or more, found {self.lora_r}")
+        _require_above_0(self, "lora_alpha")
+        _require_share(self, "lora_dropout")
+        _require(
+            self.lora_r or not self.lora_target_modules,
+            "--lora_target_modules needs --lora_r, the adapter's rank; without it all weights are trained",
+        )
+
+    def adapt(self, model):
+        """Adds the LoRA adapter that these flags describe to a model."""
+        return lora.add_adapter(model, self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_target_modules)
 
 
-def declared_flags(path: str, classes: tuple[str, ...]) -> dict[str, Flag]:
-    """Reads the fields of dataclasses from a source file, without importing it.
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    data_path: str = field(
+        default=None, metadata={"help": "Instruction data to train on: JSON, JSON Lines or a Hub data set id."}
+    )
+    eval_data_path: str | None = field(default=None, metadata={"help": "Instruction data to evaluate on."})
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "Share of --data_path to set aside for evaluation, from 0 to below 1."}
+    )
+
+    def __post_init__(self):
+        """Refuses values that don't fit."""
+        _require(self.data_path, "--data_path is missing: a JSON or JSON Lines file, or a Hub data set id")
+        _require_share(self, "eval_fraction")
+        _require(
+            not (self.eval_data_path and self.eval_fraction),
+            "--eval_data_path and --eval_fraction both name data to evaluate on; give one",
+        )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """How to train: the Trainer's arguments, the original's own, and the legacy flags of 2023."""
+
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for the model's downloads."})
+    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
+    model_max_length: int = field(
+        default=512,
+        metadata={"help": "Longest sequence in tokens; examples are right-padded, and longer ones are cut."},
+    )
+    loss_reduction: Literal["micro_batch", "global"] = field(
+        default="micro_batch",
+        metadata={
+            "help": "How a step's loss is averaged. micro_batch: over each micro-batch's tokens, then over the "
+            "micro-batches, as the original does. global: over all tokens of the step, across accumulation and ranks."
+        },
+    )
+    padding_free: Switch = field(
+        default="auto",
+        metadata={"help": "Train without padding. auto: if losses stay those of padded batches."},
+    )
+    shared_prefix: Switch = field(
+        default="auto", metadata={"help": "Compute the template's opening words once per padding-free pass."}
+    )
+    max_tokens_per_pass: int = field(
+        default=0, metadata={"help": "Tokens of a padding-free pass at most; 0 takes what the device's memory allows."}
+    )
+    compile_layers: Switch = field(
+        default="auto",
+        metadata={"help": "Compile the layers with torch.compile. auto: if training is padding-free and on a GPU."},
+    )
+    pure_bf16: bool = field(
+        default=False, metadata={"help": "Keep weights and Adam's states in bfloat16, where small updates vanish."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the run that --output_dir already holds."}
+    )
+    evaluation_strategy: str | None = field(default=None, metadata={"help": "Legacy name of --eval_strategy."})
+    warmup_ratio: float | None = field(
+        default=None, metadata={"help": "Warmup as a share of all steps; --warmup_steps now takes shares too."}
+    )
+    fsdp_transformer_layer_cls_to_wrap: str | None = field(
+        default=None, metadata={"help": "Layer class that FSDP wraps; the model's own if not given."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Stays off: batches carry record numbers."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Stays off: a NaN loss stops the run."})
+
+    def __post_init__(self):
+        """Refuses values that don't fit, then decides types and sharding before the Trainer's own checks."""
+        batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        _require_above_0(self, *batches, "num_train_epochs", "save_steps")
+        for name in ("learning_rate", "weight_decay", "seed", "max_tokens_per_pass"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"--{name} must be at least 0, found {value}")
+        _require(self.seed < 2**32, f"--seed must be below {2**32}, found {self.seed}")
+        _require(self.model_max_length >= 2, f"--model_max_length must be at least 2, found {self.model_max_length}")
+        _require_share(self, "warmup_ratio")
+        _require(
+            not self.remove_unused_columns,
+            "--remove_unused_columns True would drop the records' numbers, which errors are reported by",
+        )
+        for name in ("label_smoothing_factor", "neftune_noise_alpha"):  # NEFTune scales its noise by padded lengths
+            padded = str(self.padding_free).lower() == "false"
+            _require(padded or not getattr(self, name), f"--{name} needs --padding_free false")
+        folder = nearest_existing(self.output_dir or ".")
+        _require(
+            os.path.isdir(folder), f"--output_dir {self.output_dir}: {folder} is a file; name a folder, new or empty"
+        )
+        write(self, flag_settings(self))
+        super().__post_init__()
+
+
+def _require(is_right: Any, message: str) -> None:
+    if not is_right:
+        raise UserError(message)
+
+
+def _require_above_0(flags: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(flags, name)
+        _require(0 < value < math.inf, f"--{name} must be above 0, found {value}")
+
+
+def _require_share(flags: Any, name: str) -> None:
+    value = getattr(flags, name)
+    _require(0 <= (value or 0) < 1, f"--{name} must be at least 0 and below 1, found {value}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it stands."""
+
+
+def parse_arguments(argv: Sequence[str] | None = None, description: str | None = None):
+    """Reads the command line.
 
     Args:
-        path: a Python file.
-        classes: the names of the dataclasses.
+        argv: The arguments; `sys.argv[1:]` if None.
+        description: What `--help` prints at the top.
 
     Returns:
-        Flag name -> flag, in order.
-    """
-    with open(path, encoding="utf-8") as file:
-        tree = ast.parse(file.read())
-    flags = {}
-    for node in (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name in classes):
-        for item in node.body:
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.target.id[0] != "_":
-                default, text = _default_and_help(item.value)
-                flags[item.target.id] = Flag(item.target.id, default, text)
-    return flags
-
-
-def _default_and_help(value: ast.expr | None) -> tuple[str, str]:
-    if not isinstance(value, ast.Call):
-        return ("" if value is None else ast.unparse(value)), ""
-    keywords = {keyword.arg: keyword.value for keyword in value.keywords}
-    default = ast.unparse(keywords["default"]) if "default" in keywords else ""
-    text = ""
-    if isinstance(keywords.get("metadata"), ast.Dict):
-        pairs = zip(keywords["metadata"].keys, keywords["metadata"].values, strict=True)
-        texts = [node for key, node in pairs if isinstance(key, ast.Constant) and key.value == "help"]
-        if texts and isinstance(texts[0], ast.Constant):
-            text = " ".join(str(texts[0].value).split())
-    return default, text
-
-
-def known_flags(script: str) -> tuple[dict[str, Flag], dict[str, Flag]]:
-    """Lists the script's own flags and those it inherits from the Hugging Face Trainer."""
-    own = declared_flags(script, ("ModelArguments", "DataArguments", "TrainingArguments"))
-    package = importlib.util.find_spec("transformers")
-    if package is None:
-        raise UserError("transformers is not installed; expected: pip install -r requirements.txt")
-    inherited = declared_flags(
-        os.path.join(package.submodule_search_locations[0], "training_args.py"), ("TrainingArguments",)
-    )
-    return own, {name: flag for name, flag in inherited.items() if name not in own}
-
-
-def check_flags(argv: list[str], script: str) -> None:
-    """Refuses a flag that does not exist, naming the nearest that does; answers --help.
-
-    Args:
-        argv: the arguments.
-        script: path of the script whose dataclasses define the flags.
+        A ModelArguments, a DataArguments and a TrainingArguments.
 
     Raises:
-        UserError: the first unknown flag or stray value.
-        SystemExit: after --help.
+        UserError: A flag is unknown, a value doesn't fit its flag, or flags contradict each other.
+        SystemExit: After `--help`.
     """
-    own, inherited = known_flags(script)
-    if {"-h", "--help"} & set(argv):
-        print(_help(script, own, inherited))
-        raise SystemExit(0)
-    names = {**own, **inherited}
-    takes_value = False
-    for argument in argv:
-        if not argument.startswith("--"):
-            if not takes_value:
-                raise UserError(f"unexpected argument {argument!r}; every value follows its flag (--help lists them)")
-            takes_value = False
-            continue
-        name = argument[2:].partition("=")[0].replace("-", "_")
-        if name not in names and name.removeprefix("no_") not in names:
-            close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            raise UserError(f"unknown flag --{name}; " + (f"did you mean --{close[0]}?" if close else "see --help"))
-        takes_value = "=" not in argument
+    classes = (ModelArguments, DataArguments, TrainingArguments)
+    parser = transformers.HfArgumentParser(
+        classes,
+        usage="%(prog)s --flag VALUE ...",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=_Formatter,
+    )
+    parser.error = _refuse
+    _, unknown = parser.parse_known_args(argv)  # before any class looks at the machine
+    if unknown:
+        _refuse_unknown(unknown, [one.name for flags in classes for one in dataclasses.fields(flags)])
+    try:
+        model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    _check_together(model_args, data_args, args)
+    _check_packages(model_args, args)
+    return model_args, data_args, args
 
 
-def _help(script: str, own: dict[str, Flag], inherited: dict[str, Flag]) -> str:
-    import textwrap
-
-    with open(script, encoding="utf-8") as file:
-        lines = [ast.get_docstring(ast.parse(file.read())), "", "Flags:"]
-    for flag in own.values():
-        lines.append(f"  --{flag.name}" + (f" (default {flag.default})" if flag.default not in ("", "None") else ""))
-        lines += textwrap.wrap(flag.help, 110, initial_indent="      ", subsequent_indent="      ")
-    lines += ["", "From the Hugging Face Trainer (its documentation explains them):"]
-    with_defaults = " ".join(f"--{flag.name}={flag.default or 'None'}" for flag in inherited.values())
-    lines += textwrap.wrap(with_defaults, 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-    return "\n".join(lines)
-
-
-def fail(message: str) -> None:
-    """Raises what argparse has to complain of as a user's mistake."""
+def _refuse(message: str) -> NoReturn:
+    """Turns argparse's complaint into a user's mistake."""
     raise UserError(message)
 
 
-def check_values(model_args, data_args, args) -> None:
-    """Refuses values that don't fit their flags or contradict each other.
+def _refuse_unknown(unknown: Sequence[str], known: Sequence[str]) -> NoReturn:
+    flags = [argument for argument in unknown if argument.startswith("--")]
+    if not flags:
+        raise UserError(f"unexpected argument {unknown[0]!r}; every value follows its flag (--help lists them)")
+    name = flags[0][2:].partition("=")[0].replace("-", "_")
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    raise UserError(f"unknown flag --{name}; " + (f"did you mean --{close[0]}?" if close else "see --help"))
 
-    Args:
-        model_args: train.py's ModelArguments, parsed.
-        data_args: its DataArguments.
-        args: its TrainingArguments.
 
-    Raises:
-        UserError: names the flag, what was found and what was expected.
-    """
-    if not data_args.data_path:
-        raise UserError("--data_path is missing: a JSON or JSON Lines file, or a Hub data set id")
-    if data_args.eval_data_path and data_args.eval_fraction:
-        raise UserError("--eval_data_path and --eval_fraction both name data to evaluate on; give one")
-    if not 0 <= data_args.eval_fraction < 1:
-        raise UserError(f"--eval_fraction must be at least 0 and below 1, found {data_args.eval_fraction}")
-    if args.loss_reduction not in ("micro_batch", "global"):
-        raise UserError(f"--loss_reduction must be micro_batch or global, found {args.loss_reduction!r}")
-    if args.compile_layers.lower() not in ("auto", "true", "false"):
-        raise UserError(f"--compile_layers must be auto, true or false, found {args.compile_layers!r}")
-    if args.pure_bf16 and (model_args.lora_r or args.deepspeed):
-        raise UserError("--pure_bf16 is for full fine-tuning without --deepspeed; LoRA and ZeRO-3 hold float32 masters")
-    positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    for name in (*positive, "num_train_epochs", "save_steps", "lora_alpha"):
-        if not 0 < (value := getattr(model_args if name == "lora_alpha" else args, name)) < math.inf:
-            raise UserError(f"--{name} must be above 0, found {value}")
-    for name in ("learning_rate", "weight_decay", "seed", "max_tokens_per_pass"):
-        if not 0 <= (value := getattr(args, name)) < math.inf:
-            raise UserError(f"--{name} must be at least 0, found {value}")
-    if args.seed >= 2**32:
-        raise UserError(f"--seed must be below {2**32}, found {args.seed}")
-    if not 0 <= (args.warmup_ratio or 0) < 1:
-        raise UserError(f"--warmup_ratio must be at least 0 and below 1, found {args.warmup_ratio}")
-    if not 0 <= model_args.lora_dropout < 1:
-        raise UserError(f"--lora_dropout must be at least 0 and below 1, found {model_args.lora_dropout}")
-    if args.remove_unused_columns:
-        raise UserError("--remove_unused_columns True would drop the records' numbers, which errors are reported by")
-    for name in ("label_smoothing_factor", "neftune_noise_alpha"):  # its noise goes by a padded example's length
-        if getattr(args, name) and args.padding_free.lower() != "false":
-            raise UserError(f"--{name} needs --padding_free false")
-    name = model_args.model_name_or_path
-    if not os.path.isdir(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise UserError(f"--model_name_or_path {name}: no such folder; expected a model's folder or a Hub id")
-    folder = nearest_existing(args.output_dir)
-    if not os.path.isdir(folder):
-        raise UserError(f"--output_dir {args.output_dir}: {folder} is a file; name a folder, new or empty")
-    if args.model_max_length < 2:
-        raise UserError(f"--model_max_length must be at least 2, found {args.model_max_length}")
-    if model_args.lora_r < 0:
-        raise UserError(f"--lora_r must be 0 (train all weights) or more, found {model_args.lora_r}")
-    if model_args.lora_target_modules and not model_args.lora_r:
-        raise UserError("--lora_target_modules needs --lora_r, the adapter's rank; without it all weights are trained")
-    needs_best = args.load_best_model_at_end or args.save_strategy == "best"
-    if needs_best and not (data_args.eval_data_path or data_args.eval_fraction):
+def _check_together(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
+    """Refuses flags of different classes that contradict each other."""
+    _require(
+        not (args.pure_bf16 and (model_args.lora_r or args.deepspeed)),
+        "--pure_bf16 is for full fine-tuning without --deepspeed; LoRA and ZeRO-3 hold float32 master weights",
+    )
+    if args.load_best_model_at_end or args.save_strategy == "best":
         flag = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy best"
-        raise UserError(f"--{flag} needs --eval_data_path or --eval_fraction to tell the best by")
-    if needs_best and not args.metric_for_best_model:
-        raise UserError("--save_strategy best needs --metric_for_best_model, such as loss")
-    _check_packages(model_args, args)
+        _require(
+            data_args.eval_data_path or data_args.eval_fraction,
+            f"--{flag} needs --eval_data_path or --eval_fraction to find the best model",
+        )
+        _require(args.metric_for_best_model, "--save_strategy best needs --metric_for_best_model, for example loss")
 
 
-def _check_packages(model_args, args) -> None:
-    """Refuses what needs a package that is not installed."""
-    from transformers.integrations import integration_utils
-
+def _check_packages(model_args: ModelArguments, args: TrainingArguments) -> None:
+    """Refuses flags that need a package which is not installed."""
     try:
         integration_utils.get_reporting_integration_callbacks(args.report_to)
     except ValueError as error:

@@ -1,239 +1,29 @@
-"""Tokenizers as the original had them, and Alpaca's examples as tokens with a label mask.
+"""Instruction data on its way into training: read, tokenized once, and checked."""
 
-transformers 5 rebuilds a LLaMA tokenizer from `tokenizer.model` in a way that changes tokens; it is mended here.
-`tokenize_examples` does in one batch what the original did record by record, twice.
-"""
-
-import array
 import hashlib
-import json
+import inspect
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 
 from alpaca.cli import UserError
 from alpaca.files import atomic_write
-from alpaca.prompts import format_prompt
+from alpaca.ranks import announce
+from alpaca.records import check_example, load_examples
 
-TOKEN_BYTES = 4  # of a token in TokenizedExamples
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading a tokenizer
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Examples to tokens
-
-
-@dataclass
-class TokenizedExamples:
-    """Examples as tokens, laid end to end.
-
-    Attributes:
-        input_ids: int32, all tokens of all examples.
-        ends: int64, where each example ends in `input_ids`.
-        prompt_lengths: int32, how many of each example's first tokens carry no label.
-        truncated: int, how many examples were longer than `model_max_length` and so lost their EOS.
-    """
-
-    input_ids: np.ndarray
-    ends: np.ndarray
-    prompt_lengths: np.ndarray
-    truncated: int
-
-    def __len__(self) -> int:
-        """Counts the examples."""
-        return len(self.ends)
-
-    def lengths(self) -> np.ndarray:
-        """Counts each example's tokens."""
-        return np.diff(self.ends, prepend=0)
-
-
-def tokenize_examples(sources: Sequence[str], targets: Sequence[str], tokenizer, progress: bool = False):
-    """Tokenizes prompts with their answers, in batches.
-
-    An example is BOS (where the tokenizer adds one), the tokens of prompt + answer taken as one text, and EOS, cut at
-    `tokenizer.model_max_length`. A token is part of the prompt when it starts before the answer does. So one that
-    straddles the two (LLaMA joins the prompt's last `:` with `-` or `//`) has no label, as in the original: the model
-    could not produce it anyway, since at inference the prompt ends with `:` alone.
-
-    Args:
-        sources: prompts.
-        targets: answers, without EOS.
-        tokenizer: a fast tokenizer with an EOS.
-        progress: whether to show a bar.
-
-    Returns:
-        TokenizedExamples in the order of `sources`.
-    """
-    eos, limit, backend = tokenizer.eos_token_id, tokenizer.model_max_length, tokenizer.backend_tokenizer
-    backend.no_truncation()  # a call of the tokenizer leaves its settings behind
-    backend.no_padding()
-    words = WordEncoder.of(tokenizer)
-    flat, prompt_lengths, truncated = [], [], 0
-    for start in _with_progress(range(0, len(sources), 1000), len(sources), progress):
-        pairs = list(zip(sources[start : start + 1000], targets[start : start + 1000], strict=True))
-        encoded = [words.encode(*pair) if words else None for pair in pairs]
-        rest = [i for i, one in enumerate(encoded) if one is None]
-        for i, encoding in zip(rest, backend.encode_batch(["".join(pairs[i]) for i in rest]), strict=True):
-            ids = encoding.ids
-            if ids[-1:] == [eos] and encoding.special_tokens_mask[-1] and encoding.offsets[-1][1] == 0:
-                ids.pop()  # this tokenizer adds its own
-            encoded[i] = _packed(ids), _first_token_at(encoding, len(pairs[i][0]), len(ids))
-        for tokens, prompt_length in encoded:
-            flat.append((tokens + _packed([eos]))[: limit * TOKEN_BYTES])
-            truncated += len(tokens) >= limit * TOKEN_BYTES
-            prompt_lengths.append(min(prompt_length, limit))
-    lengths = np.array([len(tokens) // TOKEN_BYTES for tokens in flat], dtype=np.int64)
-    return TokenizedExamples(
-        input_ids=np.frombuffer(b"".join(flat), dtype=np.int32),
-        ends=np.cumsum(lengths),
-        prompt_lengths=np.asarray(prompt_lengths, dtype=np.int32),
-        truncated=truncated,
-    )
-
-
-def _packed(ids: Sequence[int]) -> bytes:
-    """Writes tokens as int32s: bytes are joined much faster than lists."""
-    return array.array("i", ids).tobytes()
-
-
-class WordEncoder:
-    """Encodes LLaMA's texts word by word, and each word once.
-
-    No token of LLaMA's goes on after a space in its middle, so the words of a text can be encoded apart and their
-    tokens laid end to end. That gives the same tokens several times as fast, since texts repeat their words.
-    """
-
-    def __init__(self, tokenizer):
-        """Prepares for a tokenizer that `of` found fitting."""
-        model = tokenizer.backend_tokenizer.model
-
-        class Known(dict):  # word, without the space before it -> tokens
-            def __missing__(self, word: str) -> bytes:
-                self[word] = _packed([token.id for token in model.tokenize("▁" + word)])
-                return self[word]
-
-        self.model, self.known, self.starts = model, Known(), {}
-        odd = ["  ", "▁", *tokenizer.added_tokens_encoder]  # runs of spaces and special tokens aren't words
-        self.odd = re.compile("|".join(map(re.escape, odd)))
-        start = tokenizer.backend_tokenizer.encode("").ids[:1]
-        self.prefix = _packed([i for i in start if i == tokenizer.bos_token_id])
-
-    @classmethod
-    def of(cls, tokenizer) -> "WordEncoder | None":
-        """Makes one where that changes nothing: the tokenizer is LLaMA's and no token has a space after a letter."""
-        backend, inner_space = tokenizer.backend_tokenizer, re.compile("[^▁]▁")
-        normalizer = json.loads(backend.normalizer.__getstate__()) if backend.normalizer else {}
-        steps = [one["type"] for one in normalizer.get("normalizers", [])]
-        is_llama = steps == ["Prepend", "Replace"] and not backend.pre_tokenizer
-        if not is_llama or any(map(inner_space.search, backend.get_vocab(with_added_tokens=False))):
-            return None
-        return cls(tokenizer)
-
-    def encode(self, source: str, target: str) -> tuple[bytes, int] | None:
-        """Encodes a prompt with its answer.
-
-        Returns:
-            The tokens as int32s, and how many of them start before the answer does; None for a text that is more than
-            words with single spaces between them, which is for the whole tokenizer.
-        """
-        text = source + target
-        if not source or text[0] == " " or self.odd.search(text):
-            return None
-        words, whole = text.split(" "), source.count(" ")  # so many words are the prompt's alone
-        last = source.rpartition(" ")[2]
-        prompt = self.prefix + b"".join(map(self.known.__getitem__, words[:whole]))
-        answer = b"".join(map(self.known.__getitem__, words[whole:]))
-        return prompt + answer, len(prompt) // TOKEN_BYTES + self._tokens_before(last, words[whole][len(last) :])
-
-    def _tokens_before(self, last: str, first: str) -> int:
-        """Counts the tokens of a word that start in its first part."""
-        if (last, first) not in self.starts:
-            limit = len(("▁" + last).encode())  # the model's offsets count bytes
-            offsets = [token.offsets[0] for token in self.model.tokenize("▁" + last + first)]
-            self.starts[last, first] = sum(offset < limit for offset in offsets)
-        return self.starts[last, first]
-
-
-def _first_token_at(encoding, position: int, count: int) -> int:
-    """Finds the first of `count` tokens that starts at a character or after it."""
-    token = encoding.char_to_token(position)
-    if token is None:  # no token covers that character
-        starts = (i for i, (start, _) in enumerate(encoding.offsets[:count]) if start >= position)
-        return next(starts, count)
-    return token if encoding.token_to_chars(token)[0] >= position else token + 1
-
-
-def _with_progress(batches: range, total: int, progress: bool) -> Iterator[int]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="tokenizing", unit=" examples", disable=not progress) as bar:
-        for start in batches:
-            yield start
-            bar.update(min(batches.step, total - start))
-
-
-def tokenize_once(examples: Sequence[Mapping], tokenizer, cache_dir: str | None = None, progress: bool = False):
-    """Tokenizes examples, or reads their tokens from the cache of an earlier run.
-
-    Args:
-        examples: records with `instruction`, `input` and `output`.
-        tokenizer: the fast tokenizer.
-        cache_dir: where to keep the tokens; `$XDG_CACHE_HOME/alpaca` when None.
-        progress: whether to show a bar.
-
-    Returns:
-        TokenizedExamples in the order of `examples`.
-    """
-    sources = [format_prompt(example) for example in examples]
-    targets = [example["output"] for example in examples]
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    name = _content_hash(sources, targets, tokenizer)
-    path = os.path.join(cache_dir or os.path.join(home, "alpaca"), f"tokens-{name}.npz")
-    try:
-        with np.load(path) as cached:
-            fields = {key: cached[key] for key in cached.files}
-        return TokenizedExamples(**{**fields, "truncated": int(fields["truncated"])})
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
-        pass  # not there, or not whole
-    tokenized = tokenize_examples(sources, targets, tokenizer, progress)
-    try:
-        with atomic_write(path, "wb") as file:
-            np.savez(file, **vars(tokenized))
-    except UserError as error:
-        print(f"tokens not cached: {error}")
-    return tokenized
-
-
-def _content_hash(sources: Sequence[str], targets: Sequence[str], tokenizer) -> str:
-    """Names what tokens depend on: the texts, the tokenizer, the limit and this module."""
-    with open(__file__, "rb") as file:
-        code = hashlib.sha256(file.read()).hexdigest()
-    digest = hashlib.sha256()
-    for part in (code, tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)):
-        digest.update(part.encode())
-    digest.update(str(tokenizer.model_max_length).encode())
-    for text in (text for pair in zip(sources, targets, strict=True) for text in pair):
-        digest.update(f"{len(text)}:".encode())
-        digest.update(text.encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:32]
+IGNORE_INDEX = -100  # the label of a token that is not learned; torch's cross-entropy leaves it out
 
 
 def load_dataset_examples(data_path: str) -> list[dict[str, str]]:
     """Reads instruction data from a JSON or JSON Lines file, or from a data set on the Hugging Face Hub.
 
     Raises:
-        UserError: the file is missing, or a record is wrong (the first one, and what was found there).
+        UserError: The file is missing, or a record is wrong; names the first one and what was found there.
     """
-    from alpaca.records import check_example, load_examples
-
     if os.path.exists(data_path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", data_path) or ".json" in data_path:
         return load_examples(data_path)
     try:
@@ -245,3 +35,113 @@ def load_dataset_examples(data_path: str) -> list[dict[str, str]]:
     except Exception as error:
         raise UserError(f"cannot load {data_path} from the Hub: {str(error).splitlines()[0]}") from error
     return [check_example(f"{data_path}, record {i}", row) for i, row in enumerate(rows)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+Fields = dict[str, list[torch.Tensor]]  # input_ids and labels, one int64 tensor each per example
+
+
+def token_index(encoding, position: int, count: int) -> int:
+    """Finds the first of `count` tokens that starts at or after a character.
+
+    LLaMA reads "### Response:" + "- one" as ... `Response` `:-` ` one`. Character 13 is the answer's "-". The token
+    `:-` covers it but starts before it, so the index is that of ` one`.
+
+    Args:
+        encoding: An encoding of the `tokenizers` library.
+        position: The character.
+        count: How many tokens to look at.
+    """
+    token = encoding.char_to_token(position)
+    if token is None:  # no token covers that character
+        starts = (i for i, (start, _) in enumerate(encoding.offsets[:count]) if start >= position)
+        return next(starts, count)
+    return token if encoding.token_to_chars(token)[0] >= position else token + 1
+
+
+def tokenize_once(
+    tokenize: Callable[..., Fields], sources: Sequence[str], targets: Sequence[str], tokenizer, cache_dir: str = ""
+) -> Fields:
+    """Calls `tokenize`, or reads what it returned for the same texts in an earlier run.
+
+    Args:
+        tokenize: train.py's `preprocess`.
+        sources: Prompts.
+        targets: Answers.
+        tokenizer: A fast tokenizer.
+        cache_dir: Where to keep the tokens; `$XDG_CACHE_HOME/alpaca` if empty.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = f"tokens-{_content_hash(tokenize, sources, targets, tokenizer)}.npz"
+    path = os.path.join(cache_dir or os.path.join(home, "alpaca"), name)
+    try:
+        with np.load(path) as cached:
+            lengths = cached["lengths"].tolist()
+            flat = {key: torch.from_numpy(cached[key].astype(np.int64)) for key in ("input_ids", "labels")}
+        return {key: list(tokens.split(lengths)) for key, tokens in flat.items()}
+    except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile):
+        pass  # missing, or cut off
+    fields = tokenize(sources, targets, tokenizer)
+    try:
+        with atomic_write(path, "wb") as file:
+            lengths = np.array([len(ids) for ids in fields["input_ids"]], dtype=np.int64)
+            flat = {key: torch.cat(tokens).numpy().astype(np.int32) for key, tokens in fields.items()}
+            np.savez(file, lengths=lengths, **flat)
+    except UserError as error:
+        print(f"tokens not cached: {error}")
+    return fields
+
+
+def _content_hash(tokenize: Callable, sources: Sequence[str], targets: Sequence[str], tokenizer) -> str:
+    """Hashes what tokens depend on: the texts, the tokenizer, the length limit and the code."""
+    digest = hashlib.sha256()
+    for path in (__file__, inspect.getsourcefile(tokenize)):
+        with open(path, "rb") as file:
+            digest.update(hashlib.sha256(file.read()).digest())
+    settings = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id), str(tokenizer.model_max_length))
+    for text in (*settings, *sources, *targets):
+        digest.update(f"{len(text)}:".encode())
+        digest.update(text.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def check_labels(dataset, batch_size: int) -> None:
+    """Reports examples with nothing to learn, and refuses them if one is sure to fill a batch.
+
+    Their prompt alone fills `model_max_length`, so no token of the answer is left.
+
+    Args:
+        dataset: A SupervisedDataset of train.py, or None.
+        batch_size: Examples in a micro-batch.
+
+    Raises:
+        UserError: Training would stop at such a batch; an evaluation's loss would be NaN.
+    """
+    empty = dataset.unlearnable() if dataset else []
+    if not empty:
+        return
+    shown = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
+    found = f"{dataset.data_path}: {len(empty)} example(s) have nothing to learn, their prompt alone fills "
+    found += f"--model_max_length: records {shown}"
+    if batch_size == 1 or len(empty) == len(dataset):
+        raise UserError(f"{found}; a batch needs one that has: raise --model_max_length, or leave these records out")
+    announce(found)
+
+
+def describe_data(data: Mapping, tokenizer) -> None:
+    """Announces how much there is to learn, how much was cut, and one example with its mask."""
+    dataset, limit = data["train_dataset"], tokenizer.model_max_length
+    tokens, learned = sum(map(len, dataset.input_ids)), sum(int((x != IGNORE_INDEX).sum()) for x in dataset.labels)
+    held_out = f", {len(data['eval_dataset']):,} to evaluate on" if data["eval_dataset"] else ""
+    announce(f"data: {len(dataset):,} examples{held_out}; {tokens:,} tokens, {learned:,} of them learned")
+    if truncated := sum(int(ids[-1]) != tokenizer.eos_token_id for ids in dataset.input_ids):
+        announce(f"{truncated} example(s) longer than {limit} tokens are cut: they don't teach the model to stop")
+    ids, is_prompt = dataset.input_ids[0], dataset.labels[0] == IGNORE_INDEX
+    prompt, answer = tokenizer.decode(ids[is_prompt]), tokenizer.decode(ids[~is_prompt])
+    announce(f"--- record {dataset.records[0]}, prompt (not learned):\n{prompt}\n--- answer (learned):\n{answer}\n---")

@@ -1,4 +1,4 @@
-"""LoRA: a small adapter that learns instead of the model's weights, through peft."""
+"""LoRA through peft: a small adapter is trained, the model's weights stay frozen."""
 
 import os
 
@@ -7,17 +7,20 @@ from alpaca.files import jload
 
 
 def add_adapter(model, r: int, alpha: float, dropout: float, target_modules: str | None):
-    """Freezes a model and puts LoRA adapters beside its linear layers.
+    """Freezes a model and adds LoRA adapters to its linear layers.
 
     Args:
-        model: a causal language model.
-        r: rank of the adapters.
-        alpha: their scale is alpha / r.
-        dropout: on their input.
-        target_modules: comma-separated names; every linear layer but the output layer when None.
+        model: A causal language model.
+        r: Rank of the adapters.
+        alpha: Their scale times their rank: the scale is alpha / r.
+        dropout: Dropout on their input.
+        target_modules: Comma-separated names; every linear layer except the output layer if None.
 
     Returns:
-        The peft model, whose adapters alone get gradients.
+        The peft model. Only its adapters get gradients.
+
+    Raises:
+        UserError: The model has no such modules, or no module that takes an adapter.
     """
     import peft
 
@@ -38,9 +41,9 @@ def add_adapter(model, r: int, alpha: float, dropout: float, target_modules: str
         raise UserError(f"--lora_r {r}: no adapter fits this model ({str(error).splitlines()[0]})") from error
     for module in adapted.modules():
         if hasattr(module, "lora_A"):
-            # Its input is of the type that autocast or FSDP computes in; peft would keep a copy in float32 besides.
+            # Its input has the type that autocast or FSDP computes in; peft would save a float32 copy as well.
             module.cast_input_dtype_enabled = False
-    adapted.enable_input_require_grads()  # so that recomputed activations have a gradient to carry
+    adapted.enable_input_require_grads()  # gradient checkpointing needs an input with a gradient
     return adapted
 
 
@@ -50,19 +53,19 @@ def target_names(model) -> list[str]:
 
 
 def adapter_shapes(model) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Lists the tensors that a checkpoint of an adapter holds: name -> shape, and no aliases."""
+    """Lists the tensors of an adapter's checkpoint: name -> shape, and no aliases."""
     import peft
 
     return {name: tuple(t.shape) for name, t in peft.get_peft_model_state_dict(model).items()}, {}
 
 
 def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> None:
-    """Adds an adapter to its model's weights and saves a model that needs no peft.
+    """Merges an adapter into its model's weights and saves a model that needs no peft.
 
     Args:
-        adapter_dir: what a LoRA run of train.py saved.
-        output_dir: a folder that is new or empty.
-        base_model: the model that the adapter was trained on; the one named in the adapter when None.
+        adapter_dir: The output folder of a LoRA run.
+        output_dir: Folder for the merged model, new or empty.
+        base_model: The model that the adapter was trained on; the one that the adapter names if not given.
     """
     try:
         import peft
@@ -78,7 +81,7 @@ def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> N
     if not os.path.isfile(settings):
         raise UserError(f"{adapter_dir} holds no adapter_config.json; expected the output folder of a LoRA run")
     if os.path.exists(output_dir) and not (os.path.isdir(output_dir) and not os.listdir(output_dir)):
-        raise UserError(f"{output_dir} is not empty, or no folder; name a new one")
+        raise UserError(f"{output_dir} is not empty, or not a folder; name a new one")
     base = base_model or jload(settings)["base_model_name_or_path"]
     try:
         model = load_model(base, torch.float32)
@@ -89,11 +92,11 @@ def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> N
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{adapter_dir} is no adapter of {base}: {reason:.200}; name its model with --base_model"
+            f"{adapter_dir} is not an adapter of {base}: {reason:.200}; name its model with --base_model"
         ) from error
     staging = os.path.join(output_dir, STAGING)
     merged.save_pretrained(staging)
     load_tokenizer(adapter_dir)[0].save_pretrained(staging)
     verify(staging, *tensor_shapes(merged))
     publish(staging, output_dir)
-    print(f"{output_dir}: {base} with {adapter_dir} merged into its weights, checked")
+    print(f"{output_dir}: {base} with {adapter_dir} merged into its weights, reloaded and checked")

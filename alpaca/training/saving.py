@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and a final model that is read back before the run says it is done."""
+"""Writes checkpoints that are complete or absent, and a final model that is reloaded and checked."""
 
 import contextlib
 import errno
@@ -6,7 +6,6 @@ import glob
 import math
 import os
 import shutil
-import signal
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from alpaca.cli import UserError
 from alpaca.files import jload, lock, nearest_existing, size_text
 from alpaca.ranks import announce, is_main
 
-STAGING = ".saving"  # a checkpoint is written here and renamed once all ranks have written all of it
+STAGING = ".saving"  # a checkpoint is written here, and renamed once every rank has finished writing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -23,34 +22,34 @@ STAGING = ".saving"  # a checkpoint is written here and renamed once all ranks h
 
 
 def find_resume_point(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
-    """Finds the checkpoint to continue from, and refuses to write over another run.
+    """Finds the checkpoint to continue from, and refuses to overwrite another run.
 
     Args:
-        output_dir: the run's folder.
-        resume: `--resume_from_checkpoint`: None or a false word, a true word (the last checkpoint in `output_dir`),
-            or a checkpoint's folder.
-        overwrite: whether a run that is there may be replaced.
+        output_dir: The run's folder.
+        resume: The value of `--resume_from_checkpoint`: None or a false word, a true word (the last checkpoint in
+            `output_dir`), or a checkpoint's folder.
+        overwrite: Whether an earlier run in `output_dir` may be replaced.
 
     Returns:
         The checkpoint's folder, or None to start from the beginning.
 
     Raises:
-        UserError: nothing to continue from, or something that would be written over.
+        UserError: There is nothing to continue from, or an earlier run would be overwritten.
     """
     if resume and resume.lower() not in ("true", "yes", "1", "false", "no", "0"):
         if not os.path.isfile(os.path.join(resume, "trainer_state.json")):
             last = last_checkpoint(output_dir)
-            hint = f"the last whole one is {last}" if last else f"{output_dir} holds none"
+            hint = f"the last complete one is {last}" if last else f"{output_dir} holds none"
             raise UserError(f"--resume_from_checkpoint {resume}: no checkpoint of a run there; {hint}")
-        check_whole(resume)
+        check_complete(resume)
         return resume
     last = last_checkpoint(output_dir)
     if resume and resume.lower() in ("true", "yes", "1"):
         if last is None:
             raise UserError(
-                f"--resume_from_checkpoint: {output_dir} holds no whole checkpoint; leave the flag away to start afresh"
+                f"--resume_from_checkpoint: {output_dir} holds no complete checkpoint; drop the flag to start over"
             )
-        check_whole(last)
+        check_complete(last)
         return last
     found = last or next(iter(glob.glob(os.path.join(output_dir, "*.safetensors"))), None)
     if found and not overwrite:
@@ -61,11 +60,11 @@ def find_resume_point(output_dir: str, resume: str | None, overwrite: bool) -> s
     return None
 
 
-def check_whole(folder: str) -> None:
-    """Checks that a checkpoint's files are all of their length, and that there is an optimizer's state among them.
+def check_complete(folder: str) -> None:
+    """Checks that no file of a checkpoint is cut off, and that it holds an optimizer state.
 
     Raises:
-        UserError: a run cannot go on from there exactly; names the file.
+        UserError: A run cannot continue exactly from there; names the file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -80,26 +79,26 @@ def check_whole(folder: str) -> None:
             except SafetensorError:
                 whole = False
         if not whole:
-            raise UserError(f"{path} is broken or cut off; {hint}")
+            raise UserError(f"{path} is damaged or cut off; {hint}")
     if not any("optim" in os.path.basename(path) for path in paths):
         raise UserError(
-            f"{folder} holds no optimizer state (--save_only_model saves none) to continue with exactly; {hint}, or "
-            f"start anew with --model_name_or_path {folder}"
+            f"{folder} holds no optimizer state (--save_only_model saves none), so no run continues exactly from it; "
+            f"{hint}, or start a new run with --model_name_or_path {folder}"
         )
 
 
 def check_same_run(folder: str, config, lora_r: int, args, steps: int) -> None:
-    """Checks that a checkpoint is of the model that is to be trained, and says when its run was cut otherwise.
+    """Checks that a checkpoint belongs to the model to be trained, and warns if its run had other steps.
 
     Args:
-        folder: the checkpoint.
-        config: the model's.
-        lora_r: rank of the adapter; 0 where all weights are trained.
-        args: train.py's.
-        steps: of this run.
+        folder: The checkpoint.
+        config: The model's configuration.
+        lora_r: Rank of the adapter; 0 if all weights are trained.
+        args: The Trainer's arguments.
+        steps: Steps of this run.
 
     Raises:
-        UserError: names what differs.
+        UserError: Names what differs.
     """
     found, ours = {"lora_r": 0}, {**config.to_dict(), "lora_r": lora_r}
     if os.path.isfile(path := os.path.join(folder, "adapter_config.json")):
@@ -110,19 +109,19 @@ def check_same_run(folder: str, config, lora_r: int, args, steps: int) -> None:
         if name in found and found[name] != ours.get(name):
             raise UserError(
                 f"--resume_from_checkpoint {folder}: its {name} is {found[name]}, this run's {ours.get(name)}; "
-                "continue with the flags that the run was started with"
+                "continue with the flags that started the run"
             )
     state = jload(os.path.join(folder, "trainer_state.json"))
     same_length = args.max_steps <= 0 and math.ceil(args.num_train_epochs) == state["num_train_epochs"]
     if same_length and state["max_steps"] != steps:
         announce(
-            f"{folder} is of a run of {state['max_steps']} steps, this one has {steps}: data, batch or number of "
-            "processes differ, and some examples will be learned twice or not at all"
+            f"{folder} comes from a run of {state['max_steps']} steps, this one has {steps}: data, batch or number of "
+            "processes differ, and some examples will be seen twice or not at all"
         )
 
 
 def last_checkpoint(output_dir: str) -> str | None:
-    """Finds the latest checkpoint of a run: `checkpoint-<step>` with the highest step."""
+    """Finds the last checkpoint of a run: `checkpoint-<step>` with the highest step."""
     steps = {}
     for path in glob.glob(os.path.join(output_dir, "checkpoint-*")):
         number = os.path.basename(path).removeprefix("checkpoint-")
@@ -133,12 +132,12 @@ def last_checkpoint(output_dir: str) -> str | None:
 
 @contextlib.contextmanager
 def claimed(output_dir: str, overwrite: bool) -> Iterator[None]:
-    """Keeps other runs out of a folder while the block lasts, and clears it.
+    """Locks a folder against other runs for the duration of the block, and clears it.
 
-    Removed is what an interrupted save left, and with `overwrite` the checkpoints of an earlier run.
+    It removes what an interrupted save left behind and, with `overwrite`, an earlier run's checkpoints.
 
     Raises:
-        UserError: another run is at work there.
+        UserError: Another run is writing there.
     """
     if not is_main():
         yield
@@ -154,24 +153,30 @@ def claimed(output_dir: str, overwrite: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_disk(output_dir: str, final_bytes: int, checkpoint_bytes: int, checkpoints: int) -> str:
-    """Checks that everything a run will keep fits on the disk, and that it can be written there.
+def check_disk(args, trainable: int, steps: int) -> str:
+    """Checks that all files of a run fit on the disk, and that they can be written.
+
+    LLaMA 7B with `--save_total_limit 1` takes 25 GiB for the float32 model and 2 x 75 GiB for checkpoints, or
+    2 x 100 GiB if sharded: the new one is written before the old one is deleted.
 
     Args:
-        output_dir: where it goes.
-        final_bytes: of the final model.
-        checkpoint_bytes: of one checkpoint.
-        checkpoints: how many there are at once, the one being written included.
+        args: The Trainer's arguments.
+        trainable: Parameters that are trained, and so saved.
+        steps: Steps of the run.
 
     Returns:
-        A line that says what is needed and what there is.
+        A line with the space needed and the space free.
 
     Raises:
-        UserError: it doesn't fit, or the folder can't be written to.
+        UserError: It doesn't fit, or the folder can't be written to.
     """
+    output_dir = args.output_dir
+    weights = 4 * trainable
+    moments = 0 if args.save_only_model else 8 * trainable + (4 * trainable if args.fsdp or args.deepspeed else 0)
+    checkpoints = checkpoints_at_once(args, steps)
     free = shutil.disk_usage(nearest_existing(output_dir)).free
-    need = final_bytes + checkpoints * checkpoint_bytes
-    parts = f"the final model {size_text(final_bytes)}, {checkpoints} checkpoint(s) of {size_text(checkpoint_bytes)}"
+    need = weights + checkpoints * (weights + moments)
+    parts = f"the final model {size_text(weights)}, {checkpoints} checkpoint(s) of {size_text(weights + moments)}"
     if need > free:
         raise UserError(
             f"the disk of {output_dir} has {size_text(free)} free and this run needs {size_text(need)} ({parts}); "
@@ -185,16 +190,26 @@ def check_disk(output_dir: str, final_bytes: int, checkpoint_bytes: int, checkpo
     return f"disk: {size_text(need)} needed at most ({parts}), {size_text(free)} free"
 
 
+def checkpoints_at_once(args, steps: int) -> int:
+    """Counts the checkpoints that are on the disk at the same time, the one being written included."""
+    if args.save_strategy == "no":
+        return 0
+    every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(steps * args.save_steps))
+    made = math.ceil(args.num_train_epochs) if args.save_strategy == "epoch" else math.ceil(steps / every)
+    limit = args.save_total_limit
+    return min(made, limit + 1) if limit and limit > 0 else made  # the Trainer keeps all at 0 and below
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # During training
 
 
 @contextlib.contextmanager
 def disk_watched(output_dir: str) -> Iterator[None]:
-    """Says in one line that a save failed because of the disk, and what is left; other errors pass.
+    """Reports a save that failed because of the disk in one line; other errors pass.
 
     Raises:
-        UserError: the disk is full, read-only or broken.
+        UserError: The disk is full, read-only or broken; names the last good checkpoint.
     """
     from safetensors import SafetensorError
 
@@ -202,7 +217,7 @@ def disk_watched(output_dir: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         of_disk = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-        # torch.save tells a full disk by what its zip file lacks
+        # torch.save reports a full disk as a broken zip file
         if not (of_disk or isinstance(error, SafetensorError) or "inline_container" in str(error)):
             raise
         free = size_text(shutil.disk_usage(output_dir).free)
@@ -211,44 +226,26 @@ def disk_watched(output_dir: str) -> Iterator[None]:
 
 
 def last_good(output_dir: str) -> str:
-    """Says what a run that broke off may be continued from."""
+    """Names the checkpoint that an aborted run can be continued from."""
     last = last_checkpoint(output_dir)
     return f"The last good checkpoint is {last}" if last else "No checkpoint had been saved yet"
 
 
-class StopSignal:
-    """Remembers, inside a `with` block, that SIGTERM has come, so that what is under way is finished and saved.
-
-    Attributes:
-        received: whether it has.
-    """
-
-    received = False
-
-    def __enter__(self):
-        """Starts listening."""
-        self._previous = signal.signal(signal.SIGTERM, self._remember)
-
-    def _remember(self, number, frame) -> None:
-        self.received = True
-
-    def __exit__(self, *error):
-        """Stops listening."""
-        signal.signal(signal.SIGTERM, self._previous)
-
-
 @contextlib.contextmanager
 def staged(target: str, writers: tuple[bool, bool], barrier: Callable[[], None]) -> Iterator[str]:
-    """Lets all ranks write a folder that then appears under `target` whole.
+    """Lets all ranks write a folder, which then appears complete under the name `target`.
+
+    For OUT/checkpoint-400 the ranks write OUT/.saving/checkpoint-400. When all have finished, its files are fsynced
+    and it is renamed.
 
     Args:
-        target: the folder, such as OUT/checkpoint-400; one that is there is replaced.
-        writers: whether this rank is the run's first, and whether it is its machine's first (where machines don't
-            share a disk, each renames its own part).
-        barrier: waits for all ranks.
+        target: The folder; an existing one is replaced.
+        writers: Whether this rank is the run's first, and whether it is its machine's first. Where machines don't
+            share a disk, each renames its own part.
+        barrier: Waits for all ranks.
 
     Yields:
-        A folder beside the target to write into; it has the target's name.
+        The folder to write into.
     """
     parent, name = os.path.split(os.path.abspath(target))
     staging = os.path.join(parent, STAGING)
@@ -278,23 +275,14 @@ def _fsync(path: str) -> None:
 
 
 def publish(staging: str, output_dir: str) -> None:
-    """Moves a verified model from its staging folder into the run's folder, weights' index and config last."""
+    """Moves a verified model from its staging folder into the run's folder, the weights' index and the config last."""
     late = ("model.safetensors.index.json", "adapter_config.json", "config.json")
     names = sorted(os.listdir(staging), key=lambda name: (name in late, name))
     for stale in glob.glob(os.path.join(output_dir, "*.safetensors*")):
         if os.path.basename(stale) not in names:
             os.unlink(stale)
     for name in names:
-        if name.endswith(".safetensors"):  # made for their owner alone, where other files go by the umask
+        if name.endswith(".safetensors"):  # created readable by their owner only; other files follow the umask
             shutil.copymode(os.path.join(staging, names[-1]), os.path.join(staging, name))
         os.replace(os.path.join(staging, name), os.path.join(output_dir, name))
     shutil.rmtree(staging)
-
-
-def saves_kept(total_steps: int, strategy: str, save_steps: float, epochs: float, limit: int | None) -> int:
-    """Counts the checkpoints that stand on the disk at once, the one being written included."""
-    if strategy == "no":
-        return 0
-    every = save_steps if save_steps >= 1 else max(1, math.ceil(total_steps * save_steps))
-    made = math.ceil(epochs) if strategy == "epoch" else math.ceil(total_steps / every)
-    return min(made, limit + 1) if limit and limit > 0 else made  # the Trainer keeps all at 0 and below

@@ -1,43 +1,40 @@
-"""What a run computes on, and how it is sharded: FSDP2 and DeepSpeed's ZeRO-3, asked for in the words of 2023."""
+"""What a run computes on and how it is sharded: FSDP2 or DeepSpeed's ZeRO-3, asked for with the flags of 2023.
 
+Nothing here changes the Trainer's arguments. Each function returns settings, name -> value, for `plan.write`.
+"""
+
+import copy
 import importlib.util
 import io
 import os
 import socket
 import warnings
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from alpaca.cli import UserError
 from alpaca.files import jload
-from alpaca.ranks import announce, is_main
+from alpaca.ranks import announce
 
-
-def can_shard() -> bool:
-    """Whether accelerate applies FSDP and DeepSpeed here: up to 1.15 it leaves processes on a CPU data-parallel.
-
-    A single process joins a world of one, as under torchrun. There is nothing to shard, but FSDP2's mixed precision
-    is worth it: it computes in 16 bits from float32 masters one layer at a time, in 16 bytes per parameter, where
-    autocast keeps a 16-bit copy of all weights besides.
-    """
-    able = has_accelerator() and not torch.backends.mps.is_available()
-    if able and "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return able
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
 
 
 def has_accelerator() -> bool:
-    """Whether this machine has a GPU or its like."""
+    """True if this machine has a GPU or another accelerator."""
     return torch.accelerator.is_available()
 
 
 def has_bfloat16() -> bool:
-    """Whether this machine computes in bfloat16, and isn't only made to."""
+    """True if this machine computes in bfloat16 without emulating it."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def can_shard() -> bool:
+    """True if accelerate applies FSDP and DeepSpeed here; up to 1.15 it leaves processes on a CPU data-parallel."""
+    return has_accelerator() and not torch.backends.mps.is_available()
 
 
 def device_name() -> str:
@@ -45,31 +42,85 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine (no GPU)"
 
 
-def fit_machine(args) -> None:
-    """Asks for no more arithmetic than the machine has, and says what that leaves out.
+def compute_types(args) -> dict[str, Any]:
+    """Switches off the arithmetic that this machine lacks, and says so.
 
     Raises:
-        UserError: two 16-bit types are asked for.
+        UserError: Both 16-bit types are asked for.
     """
+    settings: dict[str, Any] = {}
     if not has_accelerator():
-        args.use_cpu = True
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, warns at its import
+        settings["use_cpu"] = True
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without it, an installed DeepSpeed warns when imported
     if args.bf16 and args.fp16:
         raise UserError("--bf16 and --fp16 are two types to compute in; give one")
     if args.bf16 and not has_bfloat16():
-        args.bf16 = False
+        settings["bf16"] = False
         announce(f"--bf16: {device_name()} has no bfloat16 arithmetic; going on in float32")
     if args.fp16 and not has_accelerator():
-        args.fp16 = False
+        settings["fp16"] = False
         announce(f"--fp16: {device_name()} has no float16 arithmetic; going on in float32")
     if args.tf32 and not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8):
-        args.tf32 = None
+        settings["tf32"] = None
         announce(f"--tf32: {device_name()} has no TF32 arithmetic; going on without")
+    return settings
 
 
-def _say_going_on(reason: str) -> None:
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    announce(f"{reason}; going on " + ("without" if alone else "data-parallel"))
+# ---------------------------------------------------------------------------------------------------------------------
+# The flags
+
+
+def read_sharding(args) -> dict[str, Any]:
+    """Reads `--fsdp` and `--deepspeed`.
+
+    Raises:
+        UserError: Both are given, or one of them cannot be read.
+    """
+    if args.fsdp and args.deepspeed:
+        raise UserError("--fsdp and --deepspeed both shard the model; give one")
+    if args.fsdp:
+        return _read_fsdp(args)
+    return _read_deepspeed(args) if args.deepspeed else {}
+
+
+def _read_fsdp(args) -> dict[str, Any]:
+    """Translates the words of 2023 into FSDP2's settings.
+
+    "full_shard auto_wrap offload" becomes {"fsdp": True, "fsdp_config": {"cpu_offload": True}}. Whether weights are
+    gathered a second time for the backward pass is then the plan's choice; "shard_grad_op" decides that they are not.
+    """
+    words = str(args.fsdp).split()
+    known = {"full_shard", "shard_grad_op", "auto_wrap", "offload", "True"}
+    if unknown := [word for word in words if word not in known]:
+        raise UserError(f"--fsdp {unknown[0]}: FSDP2 knows full_shard, shard_grad_op, auto_wrap and offload")
+    config = _read_config("--fsdp_config", args.fsdp_config or {})
+    if not can_shard():
+        _announce_going_on("--fsdp: accelerate shards only across GPUs")
+        return {"fsdp": None}
+    _join_world()
+    config = {name.removeprefix("fsdp_"): value for name, value in config.items()}
+    kept = {"reshard_after_forward": False} if "shard_grad_op" in words else {}
+    return {"fsdp": True, "fsdp_config": {"cpu_offload": "offload" in words, **kept, **config}}
+
+
+def _read_deepspeed(args) -> dict[str, Any]:
+    """Reads DeepSpeed's config and fixes what lost models and learning rates in 2023."""
+    config = _read_config("--deepspeed", args.deepspeed)
+    if not can_shard():
+        _announce_going_on("--deepspeed: accelerate starts it only on GPUs")
+        return {"deepspeed": None}
+    if not importlib.util.find_spec("deepspeed"):
+        raise UserError("--deepspeed: not installed; pip install deepspeed, or use --fsdp")
+    _join_world()
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates: dozens of warnings in every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    if scheduler := config.pop("scheduler", None):
+        announce(f"--deepspeed: its {scheduler['type']} gives way to --lr_scheduler_type {args.lr_scheduler_type}")
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        announce("--deepspeed: stage3_gather_16bit_weights_on_model_save set to true, or no model would be saved")
+    return {"deepspeed": config}
 
 
 def _read_config(flag: str, value: str | dict) -> dict:
@@ -84,100 +135,71 @@ def _read_config(flag: str, value: str | dict) -> dict:
     return config
 
 
-def read_fsdp(args) -> None:
-    """Turns 2023's words into today's settings: FSDP2, wrapped by layer."""
-    words = str(args.fsdp).split()
-    known = {"full_shard", "shard_grad_op", "auto_wrap", "offload", "True"}
-    if unknown := [word for word in words if word not in known]:
-        raise UserError(f"--fsdp {unknown[0]}: FSDP2 knows full_shard, shard_grad_op, auto_wrap and offload")
-    config = _read_config("--fsdp_config", args.fsdp_config or {})
-    if not can_shard():
-        _say_going_on("--fsdp: accelerate shards only across GPUs")
-        args.fsdp = None
-        return
-    args.fsdp_config = {
-        "cpu_offload": "offload" in words,
-        # full_shard leaves it to resources.choose_resharding
-        **({"reshard_after_forward": False} if "shard_grad_op" in words else {}),
-        **{name.removeprefix("fsdp_"): value for name, value in config.items()},
-    }
-    args.fsdp = True
+def _announce_going_on(reason: str) -> None:
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    announce(f"{reason}; going on " + ("without" if alone else "data-parallel"))
 
 
-def spare_accuracy(args) -> None:
-    """Corrects two decisions of accelerate's that would cost digits under FSDP2, and memory.
+def _join_world() -> None:
+    """Makes a process that torchrun did not start a world of one.
 
-    Ranks exchange their gradients after every pass of a step, unless --accelerator_config says otherwise. Else FSDP2
-    holds whole ones on every device between passes, and adds them up there in the compute type: with --bf16 True
-    2 bytes per parameter, in bfloat16. Exchanged, they are sharded and added up in float32.
-
-    Only weights are cast, and gradients to be exchanged, as the original's FSDP did. accelerate's policy also rounds
-    what goes into the model and comes out of it: the loss, and in padding-free passes the weights of tokens.
+    There is nothing to shard, but FSDP2's mixed precision is worth having: it computes in 16 bits from float32 master
+    weights one layer at a time, in 16 bytes per parameter. Autocast keeps a 16-bit copy of all weights on top.
     """
-    config = args.accelerator_config
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FSDP2's settings for a model
+
+
+def fsdp_layers(args, skeleton) -> tuple[tuple[str, ...], str]:
+    """Chooses the layer classes that FSDP2 wraps: the one asked for, or the model's own if that isn't in it.
+
+    Returns:
+        The names of the classes, and why these.
+
+    Raises:
+        UserError: The model names no such classes.
+    """
+    own = tuple(sorted(skeleton._no_split_modules or ()))
+    asked = args.fsdp_transformer_layer_cls_to_wrap
+    if asked in {type(module).__name__ for module in skeleton.modules()}:
+        return (asked,), "as asked"
+    if not own:
+        raise UserError("this model does not say which layers FSDP may wrap; pass --fsdp_transformer_layer_cls_to_wrap")
+    return own, f"{asked} is not in this model" if asked else "the model's own layer"
+
+
+def sends_weights(skeleton) -> bool:
+    """True if rank 0 alone may load the weights and FSDP2 sends every rank its shard.
+
+    The host's memory then holds one copy, not one for each rank. accelerate sends parameters only, so all ranks load
+    a model whose checkpoint holds buffers too.
+    """
+    return skeleton.state_dict().keys() <= dict(skeleton.named_parameters(remove_duplicate=False)).keys()
+
+
+def fsdp_precision(args) -> dict[str, Any]:
+    """Overrules two decisions of accelerate that would cost digits, and memory, under FSDP2.
+
+    Ranks exchange their gradients after every pass of a step, unless --accelerator_config says otherwise. By default
+    FSDP2 holds whole gradients on every device between passes and sums them in the compute type: 2 bytes per parameter
+    with --bf16 True. Exchanged gradients are sharded, and summed in float32.
+
+    Only weights are cast, and gradients for the exchange, as the original's FSDP did. accelerate's policy also rounds
+    the model's inputs and outputs: the loss, and in padding-free passes the weights of tokens.
+    """
+    config = copy.copy(args.accelerator_config)
     config.gradient_accumulation_kwargs = {"sync_each_batch": True, **(config.gradient_accumulation_kwargs or {})}
+    settings: dict[str, Any] = {"accelerator_config": config, "fsdp_plugin_args": dict(args.fsdp_plugin_args)}
     if args.bf16 or args.fp16:
         half = torch.bfloat16 if args.bf16 else torch.float16
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, cast_forward_inputs=False)
-        args.fsdp_plugin_args["mixed_precision_policy"] = policy
-
-
-def read_deepspeed(args) -> None:
-    """Reads DeepSpeed's config and mends what lost models and learning rates in 2023."""
-    config = _read_config("--deepspeed", args.deepspeed)
-    if not can_shard():
-        _say_going_on("--deepspeed: accelerate starts it only on GPUs")
-        args.deepspeed = None
-        return
-    if not importlib.util.find_spec("deepspeed"):
-        raise UserError("--deepspeed: not installed; pip install deepspeed, or use --fsdp")
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, which warns dozens of times in every step.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    if scheduler := config.pop("scheduler", None):
-        announce(f"--deepspeed: its {scheduler['type']} gives way to --lr_scheduler_type {args.lr_scheduler_type}")
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
-        announce("--deepspeed: stage3_gather_16bit_weights_on_model_save set to true, or no model would be saved")
-    args.deepspeed = config
-
-
-def fit_fsdp(args, skeleton) -> None:
-    """Tells FSDP what it has to know of a model.
-
-    It wraps the layer class asked for, or the model's own where that isn't in it. Rank 0 alone loads the weights, and
-    each rank gets its part of them, so that the host's memory holds one copy and not one for each rank. accelerate
-    sends parameters only: a model whose checkpoint holds buffers too is loaded by all ranks.
-    """
-    own = sorted(skeleton._no_split_modules or ())
-    asked = args.fsdp_transformer_layer_cls_to_wrap
-    classes = {type(module).__name__ for module in skeleton.modules()}
-    chosen = [asked] if asked in classes else own
-    if not chosen:
-        raise UserError("this model does not say which layers FSDP may wrap; pass --fsdp_transformer_layer_cls_to_wrap")
-    why = "as asked" if asked in classes else f"{asked} is not in this model" if asked else "the model's own layer"
-    announce(f"FSDP2 wraps {', '.join(chosen)} ({why})")
-    args.fsdp_config["transformer_layer_cls_to_wrap"] = chosen
-    args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(chosen)
-    only_parameters = skeleton.state_dict().keys() <= dict(skeleton.named_parameters(remove_duplicate=False)).keys()
-    args.fsdp_plugin_args["cpu_ram_efficient_loading"] = only_parameters
-
-
-def gets_weights_sent(args) -> bool:
-    """Whether FSDP sends this rank its part of the weights, so that it needs to load none."""
-    return bool(args.fsdp) and args.fsdp_plugin_args["cpu_ram_efficient_loading"] and not is_main()
-
-
-def empty_model(config, dtype: torch.dtype):
-    """Makes a causal language model of uninitialized weights: memory that nobody writes to is never taken.
-
-    Buffers outside the checkpoint, such as rotary frequencies, are right. (With `cpu_ram_efficient_loading`
-    transformers 5.17 to 5.23 would leave out the values of missing weights only, and load all others on all ranks.)
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
-    return model
+        settings["fsdp_plugin_args"]["mixed_precision_policy"] = policy
+    return settings

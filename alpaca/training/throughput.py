@@ -1,4 +1,4 @@
-"""A run's speed while it runs: tokens per second, and the share of the hardware's peak that they make up."""
+"""Measures a run's speed: tokens per second, and the share of the hardware's peak that they use (MFU)."""
 
 import contextlib
 import resource
@@ -7,7 +7,7 @@ import time
 
 from alpaca.training.memory import ModelShape
 
-# Dense matmul peaks in FLOP/s, from the makers' data sheets: bfloat16 with float32 accumulation.
+# Dense matmul peaks in FLOP/s from the manufacturers' data sheets: bfloat16 with float32 accumulation.
 PEAK_BF16 = {
     "H200": 989e12,
     "H100": 989e12,
@@ -23,7 +23,7 @@ def peak_flops(device) -> tuple[float, str]:
     """Finds the FLOP/s that a device can reach in matmuls.
 
     Returns:
-        The number, and where it comes from: the data sheet, or a matmul timed here.
+        The figure, and its source: the data sheet, or a matmul timed here.
     """
     import torch
 
@@ -43,31 +43,31 @@ def peak_flops(device) -> tuple[float, str]:
 
 
 class Throughput:
-    """Counts tokens and time, and puts them in words.
+    """Counts tokens and time.
 
-    `tokens` are positions that were computed, padding included; `useful` ones belong to examples. MFU is the share of
-    the devices' peak that the useful tokens' arithmetic makes up: 6 FLOPs per parameter and token (4 where the weights
-    are frozen) and 6 * layers * hidden * length^2 per causal sequence (PaLM, appendix B, halved for causality).
-    Hardware MFU counts what was computed instead: padding and recomputed layers, shared prefixes once, and only those
-    logits that were wanted (attention as before, so padding's is left out).
+    `tokens` are all computed positions, padding included; `useful` ones belong to examples. MFU is the share of the
+    devices' peak that the arithmetic of useful tokens amounts to: 6 FLOPs per parameter and token (4 for frozen
+    weights) and 6 * layers * hidden * length^2 per causal sequence (PaLM, appendix B, halved for causality). Hardware
+    MFU counts what was computed instead: padding and recomputed layers, shared prefixes once, and only the logits that
+    were needed (attention as before, so that of padding is left out).
     """
 
     def __init__(self, shape: ModelShape, device, world: int, recomputes: bool = False):
-        """Starts counting for a model on `world` devices like `device`, with gradient checkpointing or without."""
+        """Starts counting for a model on `world` devices like `device`; `recomputes` means gradient checkpointing."""
         self.shape, self.device, self.world, self.recomputes = shape, device, world, recomputes
         self.peak, self.peak_source = peak_flops(device)
         self.total = {"tokens": 0.0, "useful": 0.0, "flops": 0.0, "executed": 0.0, "seconds": 0.0}
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was counted since the last report."""
+        """Drops what was counted since the last report."""
         self.tokens = self.logits = 0
         self.useful = self.squares = 0.0
         self.since = time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self):
-        """Leaves out the time of what is no training: an evaluation, a save."""
+        """Stops the clock for an evaluation or a save."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
@@ -76,9 +76,9 @@ class Throughput:
         """Counts a pass.
 
         Args:
-            computed: positions computed, padding included.
-            logits: positions whose logits were computed.
-            lengths: true lengths of its sequences, an int64 tensor on any device.
+            computed: Positions computed, padding included.
+            logits: Positions whose logits were computed.
+            lengths: True lengths of its sequences, an int64 tensor on any device.
         """
         self.tokens += computed
         self.logits += logits
@@ -86,13 +86,13 @@ class Throughput:
         self.squares = self.squares + (lengths**2).sum()
 
     def report(self, gather) -> dict[str, float]:
-        """Sums up since the last report.
+        """Sums up what was counted since the last report.
 
         Args:
-            gather: adds a float64 tensor up over all ranks.
+            gather: Sums a float64 tensor over all ranks.
 
         Returns:
-            What the log line shows.
+            The figures of the log line.
         """
         import torch
 
@@ -105,7 +105,7 @@ class Throughput:
         head = self.shape.vocabulary * self.shape.hidden
         body = self.shape.matmul_parameters - head
         flops = (6 * (body + head) - 2 * frozen) * useful + attention
-        passes = 4 / 3 if self.recomputes else 1  # a third forward-sized part again
+        passes = 4 / 3 if self.recomputes else 1  # the forward pass, a third of the work, runs twice
         executed = ((6 * body - 2 * frozen) * tokens + attention) * passes + 6 * head * logits
         for name, value in zip(self.total, (tokens, useful, flops, executed, seconds), strict=True):
             self.total[name] += value
@@ -128,7 +128,7 @@ class Throughput:
 
 
 def peak_memory(device) -> int:
-    """Gets the most memory that this process has used so far, in bytes: the device's, or on a CPU the host's."""
+    """Gets the peak memory of this process in bytes: the device's, or on a CPU the host's."""
     import torch
 
     if device.type == "cuda":
@@ -138,11 +138,11 @@ def peak_memory(device) -> int:
 
 
 def closing_table(state, throughput: Throughput) -> str:
-    """Lays out what a run did.
+    """Formats a summary of a run.
 
     Args:
-        state: the Trainer's state.
-        throughput: what it counted.
+        state: The Trainer's state.
+        throughput: What it counted.
     """
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     rates, total = throughput.summary(), throughput.total

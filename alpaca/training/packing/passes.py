@@ -1,4 +1,4 @@
-"""Padding-free training: the examples of an optimizer step without padding, and their prompt prefix computed once.
+"""Lays out an optimizer step without padding, with the prompts' common prefixes computed once.
 
 A padded batch computes every token up to the longest example's length, the template's opening words once per example,
 and a row of logits for each of them, though only the answer's are used. Here the same examples are laid end to end:
@@ -9,107 +9,32 @@ with `position_ids` that say where each token stands in its example. Attention k
 them see its prefix, whose states are the same in every example because a causal model without dropout computes them
 from the prefix alone. Loss and gradients are the padded batch's, to rounding.
 
-`choose` says whether a model fits, `find_prefixes` looks for prefixes worth sharing, `make_passes` lays out a step for
-`packed_model.py` to compute, and `PackedTrainer` takes it into the Trainer's loop.
+`find_prefixes` looks for prefixes worth sharing, `documents_of` takes the padding off, `make_passes` lays out a step.
+`model.py` computes it, and `trainer.py` brings it into the Trainer's loop.
 """
 
-import contextlib
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from transformers import Trainer
 
 from alpaca.cli import UserError
-from alpaca.training.packing.model import Pass, install, make_layout, to_device
-
-IGNORE_INDEX = -100
-# Decoder-only families whose every layer hands its keyword arguments down to the attention function, and whose loss is
-# nothing but cross-entropy of lm_head's output. tests/test_packing.py compares each of them with its padded self.
-FAMILIES = ("llama", "opt", "mistral", "qwen2", "qwen3")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Does it fit?
-
-
-def choose(
-    config: Any, padding_free: str, shared_prefix: str, lora_dropout: float = 0.0, gpus: int = 1
-) -> tuple[bool, bool, str]:
-    """Decides between the padded path, padding-free passes, and passes with shared prefixes.
-
-    Args:
-        config: the model's transformers configuration.
-        padding_free: "true", "false" or "auto", which switches on what leaves every loss as it was.
-        shared_prefix: likewise.
-        lora_dropout: of the adapters, where there are any.
-        gpus: that this process drives.
-
-    Returns:
-        Whether to go padding-free, whether to share prefixes, and why something is off ("" where nothing is).
-
-    Raises:
-        UserError: "true" was asked for and cannot be.
-    """
-    padding_free, shared_prefix = padding_free.lower(), shared_prefix.lower()
-    for flag, value in (("padding_free", padding_free), ("shared_prefix", shared_prefix)):
-        if value not in ("auto", "true", "false"):
-            raise UserError(f"--{flag} must be auto, true or false, found {value!r}")
-    dropout = {
-        name: p for name, p in {**config.to_dict(), "lora_dropout": lora_dropout}.items() if _is_dropout(name, p)
-    }
-    noise = ", ".join(f"{name} is {p}" for name, p in dropout.items())
-    misfit = _misfit(config, dropout)
-    if gpus > 1:
-        misfit = f"one process drives {gpus} GPUs; torchrun --nproc_per_node={gpus} starts one for each"
-    if padding_free == "false":
-        if shared_prefix == "true":
-            raise UserError("--shared_prefix true needs --padding_free auto or true, found --padding_free false")
-        return False, False, ""
-    if padding_free == "true" and misfit:
-        raise UserError(f"--padding_free true: {misfit}; give --padding_free false")
-    if shared_prefix == "true" and (misfit or noise):
-        raise UserError(f"--shared_prefix true: {misfit or noise + ', so no two prefixes are alike'}; give false")
-    if misfit:
-        return False, False, f"padding-free batches are off: {misfit}"
-    if noise and padding_free == "auto":
-        return (
-            False,
-            False,
-            (
-                f"padding-free batches are off: {noise}, which would fall on other tokens than in a padded batch "
-                "(--padding_free true trains so all the same)"
-            ),
-        )
-    if noise:
-        return True, False, f"the shared prefix is off: {noise}, so no two prefixes are alike"
-    return True, shared_prefix != "false", ""
-
-
-def _is_dropout(name: str, value: Any) -> bool:
-    return "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-
-
-def _misfit(config: Any, dropout: dict[str, float]) -> str:
-    if config.model_type not in FAMILIES:
-        return f"{config.model_type} is not among the tested architectures ({', '.join(FAMILIES)})"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or (getattr(config, "sliding_window", None) and config.model_type == "mistral"):
-        return "its attention has a sliding window"
-    if dropout.keys() & {"attention_dropout", "layerdrop"}:
-        return f"{' and '.join(sorted(dropout.keys() & {'attention_dropout', 'layerdrop'}))} cannot be done in passes"
-    return ""
+from alpaca.training.data import IGNORE_INDEX
+from alpaca.training.packing.model import Pass, make_layout
 
 
 def check_pass(max_tokens: int, examples: Sequence[dict]) -> None:
-    """Checks that a padding-free pass has room for the longest example.
+    """Checks that a padding-free pass holds the longest example.
+
+    Args:
+        max_tokens: The value of `--max_tokens_per_pass`; passes of 0, the default, always hold it.
+        examples: Have `input_ids`, [length].
 
     Raises:
-        UserError: `--max_tokens_per_pass`, where it isn't 0, is too short.
+        UserError: The pass is too short.
     """
-    if not max_tokens:  # the estimate's passes hold --model_max_length tokens at least
+    if not max_tokens:
         return
     longest = max(len(example["input_ids"]) for example in examples)
     if max_tokens < longest:
@@ -122,7 +47,14 @@ def check_pass(max_tokens: int, examples: Sequence[dict]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One example: its tokens and labels, both [length], what each supervised token weighs, and its shared prefix."""
+    """One example without padding.
+
+    Attributes:
+        input_ids: Its tokens, [length].
+        labels: Its labels, [length].
+        weight: The weight of each of its supervised tokens in the step's loss.
+        prefix: The shared prefix that it starts with, or ().
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -130,52 +62,84 @@ class Document:
     prefix: tuple[int, ...] = ()
 
 
-def find_prefixes(examples: Sequence[dict], documents_per_pass: int, sample: int = 4096) -> list[tuple[int, ...]]:
-    """Finds the token prefixes that save more than they cost when each is computed once per pass.
+@dataclasses.dataclass
+class _Branch:
+    """A prefix after which examples part or end, and the examples that start with it, by number."""
 
-    Token ids are compared, so a template's last character that merges with an instruction's first is a different
-    token and ends the prefix there. No prefix reaches an example's last unsupervised token, which predicts its answer.
+    prefix: tuple[int, ...]
+    members: Sequence[int]
+
+
+def find_prefixes(examples: Sequence[dict], documents_per_pass: int, sample: int = 4096) -> list[tuple[int, ...]]:
+    """Finds the token prefixes that save more than they cost if each is computed once per pass.
+
+    Say a pass holds 32 examples of Alpaca in LLaMA's tokens, 13 with an input and 19 without. All start with the same
+    9 tokens, those with an input with the same 39, the others with the same 29. Computed once instead of once per
+    example, they save
+
+        13 x 39 - 39 = 468 tokens        19 x 29 - 29 = 522        32 x 9 - 9 = 279
+
+    so the 29 tokens come first. Their 19 examples gain nothing from the 9 tokens any more, which save
+    13 x 9 - 9 = 108 from now on; the 39 tokens come next. Then the 9 tokens save nothing, and the
+    search ends.
+
+    Token ids are compared, so where the template's last character merges with an instruction's first into another
+    token, the prefix ends before it. No prefix reaches an example's last unsupervised token, which predicts its answer.
 
     Args:
-        examples: have `input_ids` and `labels`, both [length].
-        documents_per_pass: how many examples share a pass, about.
-        sample: how many examples, evenly spread, are looked at.
+        examples: Have `input_ids` and `labels`, both [length].
+        documents_per_pass: About how many examples share a pass.
+        sample: How many examples, evenly spread, the search looks at.
 
     Returns:
-        Prefixes, the one that saves most first. In LLaMA's tokens those of Alpaca's two templates are 29 and 39 long.
+        Prefixes, the one that saves most first.
     """
     step = max(1, len(examples) // sample)
     chosen = [examples[i] for i in range(0, len(examples), step)]
-    tokens = [example["input_ids"].tolist() for example in chosen]
-    limits = [_shareable(example["labels"]) for example in chosen]
     per_pass = min(documents_per_pass, len(examples)) / len(chosen)
-    branches, frontier = [((), ())], [((), range(len(chosen)))]
-    while frontier:
-        prefix, members = frontier.pop()
-        by_token = defaultdict(list)
-        for i in members:
-            if len(prefix) < limits[i]:
-                by_token[tokens[i][len(prefix)]].append(i)
-        if [len(group) for group in by_token.values()] != [len(members)]:  # some end or part here
-            branches.append((prefix, members))
-        # Fewer than one example per pass: computing the prefix once is computing it as often as before.
-        frontier += [((*prefix, token), group) for token, group in by_token.items() if len(group) * per_pass > 1]
-
+    branches = _branches(chosen, per_pass)
     prefixes, shared = [], [0] * len(chosen)
 
-    def saving(branch: tuple) -> float:
-        prefix, members = branch
-        return sum(max(0, len(prefix) - shared[i]) for i in members) * per_pass - len(prefix)
+    def saving(branch: _Branch) -> float:
+        more = sum(max(0, len(branch.prefix) - shared[i]) for i in branch.members)
+        return more * per_pass - len(branch.prefix)
 
     while saving(best := max(branches, key=saving)) > 0:
-        prefixes.append(best[0])
-        for i in best[1]:
-            shared[i] = max(shared[i], len(best[0]))
+        prefixes.append(best.prefix)
+        for i in best.members:
+            shared[i] = max(shared[i], len(best.prefix))
     return prefixes
 
 
+def _branches(examples: Sequence[dict], per_pass: float) -> list[_Branch]:
+    """Lists the candidates: the longest prefix of each group of examples that share it.
+
+    The examples form a tree of tokens. A node is a candidate if its examples part or end there. (10, 11, 12) is one for
+    the examples 10 11 12 20, 10 11 12 21 and 10 11 12 22; (10, 11) is not, since all three go on with 12.
+    """
+    tokens = [example["input_ids"].tolist() for example in examples]
+    limits = [_shareable(example["labels"]) for example in examples]
+    branches, frontier = [_Branch((), ())], [_Branch((), range(len(examples)))]
+    while frontier:
+        node = frontier.pop()
+        by_token = defaultdict(list)
+        for i in node.members:
+            if len(node.prefix) < limits[i]:
+                by_token[tokens[i][len(node.prefix)]].append(i)
+        if [len(group) for group in by_token.values()] != [len(node.members)]:
+            branches.append(node)
+        # With less than one example per pass, computing the prefix once saves nothing.
+        frontier += [
+            _Branch((*node.prefix, token), group) for token, group in by_token.items() if len(group) * per_pass > 1
+        ]
+    return branches
+
+
 def _shareable(labels: torch.Tensor) -> int:
-    """How many leading tokens may be shared: none may predict a supervised token, and one must be left."""
+    """Counts the leading tokens that may be shared: none may predict a supervised token, and one must be left.
+
+    For the labels -100 -100 -100 13 2 it is 2: the third token predicts 13, the first supervised one.
+    """
     supervised = (labels != IGNORE_INDEX).nonzero()
     return max(0, (int(supervised[0]) if len(supervised) else len(labels)) - 1)
 
@@ -185,8 +149,8 @@ def documents_of(batch: dict, weight: float, prefixes: Sequence[tuple[int, ...]]
 
     Args:
         batch: `input_ids`, `labels` and `attention_mask`, each [examples, longest].
-        weight: of each supervised token in the step's loss.
-        prefixes: from `find_prefixes`; each document takes the longest that it starts with.
+        weight: The weight of each supervised token in the step's loss.
+        prefixes: What `find_prefixes` found; each document takes the longest that it starts with.
     """
     documents = []
     lengths = batch["attention_mask"].sum(1).tolist()  # not from pad_token_id, which may be a token of the text
@@ -200,15 +164,18 @@ def documents_of(batch: dict, weight: float, prefixes: Sequence[tuple[int, ...]]
 
 
 def token_weight(reduction: str, supervised: int, accumulation: int, step_supervised: int, world_size: int) -> float:
-    """What a supervised token of one micro-batch weighs in this rank's loss, whose gradient the ranks average.
+    """Gets the weight of a micro-batch's supervised tokens in this rank's loss, whose gradient the ranks average.
+
+    With 8 micro-batches, 300 supervised tokens in this one and 10,000 in the step on 4 ranks, it is 1 / (8 x 300) for
+    "micro_batch" and 4 / 10,000 for "global".
 
     Args:
         reduction: "micro_batch", the original's mean over micro-batches of their token means, or "global", the mean
             over all of the step's supervised tokens.
-        supervised: supervised tokens of the micro-batch.
-        accumulation: what the mean over micro-batches divides by on one rank.
-        step_supervised: supervised tokens of the whole step, all ranks together.
-        world_size: ranks that the gradient is averaged over.
+        supervised: Supervised tokens of the micro-batch.
+        accumulation: Micro-batches of a step on one rank.
+        step_supervised: Supervised tokens of the whole step on all ranks.
+        world_size: Ranks that the gradient is averaged over.
     """
     if reduction == "micro_batch":
         return 1 / (accumulation * supervised)
@@ -222,18 +189,19 @@ def token_weight(reduction: str, supervised: int, accumulation: int, step_superv
 def make_passes(
     documents: Sequence[Document], max_tokens: int, agree: Callable[[int], int] = lambda passes: passes
 ) -> list[Pass]:
-    """Lays out a rank's documents of one optimizer step in as few passes as `max_tokens` allows.
+    """Lays out a rank's documents of one optimizer step in few passes: first fit, longest documents first.
+
+    Documents of 300, 250, 200 and 100 tokens without prefixes make two passes of at most 500: 300 + 200 and 250 + 100.
 
     Args:
-        documents: this rank's share of the step.
-        max_tokens: of a pass, shared prefixes counted once; a longer document gets a pass of its own.
-        agree: turns this rank's number of passes into the largest of all ranks'. Ranks that would need fewer split
-            theirs, so that collective operations in the model meet their counterparts.
+        documents: This rank's share of the step.
+        max_tokens: Tokens of a pass, shared prefixes counted once; a longer document gets a pass of its own.
+        agree: Turns this rank's number of passes into the largest of all ranks. Ranks that need fewer split theirs, so
+            that collective operations in the model meet their counterparts.
     """
     bins = []
-    for document in sorted(documents, key=lambda d: len(d.input_ids), reverse=True):  # first fit decreasing
-        fitting = (bin for bin in bins if _tokens([*bin, document]) <= max_tokens)
-        home = next(fitting, None)
+    for document in sorted(documents, key=lambda d: len(d.input_ids), reverse=True):
+        home = next((bin for bin in bins if _tokens([*bin, document]) <= max_tokens), None)
         if home is None:
             bins.append([document])
         else:
@@ -243,17 +211,19 @@ def make_passes(
         largest = max(bins, key=lambda bin: (len(bin) > 1, _tokens(bin)))
         if len(largest) > 1:
             bins.append([largest.pop() for _ in range(len(largest) // 2)])
-        else:  # nothing left to split: a pass that weighs nothing
+        else:  # nothing left to split: a pass with weight 0
             bins.append([dataclasses.replace(min(documents, key=lambda d: len(d.input_ids)), weight=0.0)])
     return [_lay_out(bin) for bin in bins]
 
 
 def _tokens(documents: Sequence[Document]) -> int:
+    """Counts the tokens of a pass, shared prefixes once."""
     own = sum(len(document.input_ids) - len(document.prefix) for document in documents)
     return own + sum(map(len, {document.prefix for document in documents}))
 
 
 def _lay_out(documents: Sequence[Document]) -> Pass:
+    """Lays out one pass: the prefixes, then what is left of each document."""
     prefixes = sorted({document.prefix for document in documents if document.prefix})
     order = {prefix: i for i, prefix in enumerate(prefixes)}
     ids = [torch.tensor(prefix) for prefix in prefixes]
@@ -263,7 +233,7 @@ def _lay_out(documents: Sequence[Document]) -> Pass:
     for document in documents:
         skip = len(document.prefix)
         rest = document.input_ids[skip:]
-        # Labels stand on the token they name; the token before it predicts it.
+        # The label of token i is token i itself; token i - 1 predicts it.
         at = (document.labels[skip + 1 :] != IGNORE_INDEX).nonzero()[:, 0]
         ids.append(rest)
         positions.append(torch.arange(skip, skip + len(rest)))
@@ -271,7 +241,7 @@ def _lay_out(documents: Sequence[Document]) -> Pass:
         targets.append(document.labels[skip + 1 :][at])
         weights.append(torch.full((len(at),), document.weight, dtype=torch.float64))
         start += len(rest)
-    if not any(map(len, supervised)):  # keeps the backward pass, and its collective operations, in step
+    if not any(map(len, supervised)):  # weight 0, so that the backward pass and its collective operations still run
         supervised, targets = [torch.tensor([start - 1])], [ids[-1][-1:]]
         weights = [torch.zeros(1, dtype=torch.float64)]
     return Pass(
@@ -284,83 +254,3 @@ def _lay_out(documents: Sequence[Document]) -> Pass:
         targets=torch.cat(targets),
         weights=torch.cat(weights),
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The Trainer
-
-
-class PackedTrainer(Trainer):
-    """A Trainer whose optimizer steps, once `pack` was called, are passes over the same examples without padding.
-
-    The loop, the sampler, the collator and their random numbers stay the Trainer's. All passes of a step run when its
-    last micro-batch is due; the micro-batches before it cost nothing.
-    """
-
-    prefixes: list[tuple[int, ...]] = []  # noqa: RUF012 (replaced by pack, never changed)
-    max_tokens_per_pass = 0
-
-    def pack(self, max_tokens_per_pass: int, shared_prefix: bool) -> str:
-        """Leaves the padded path; to be called before `train`.
-
-        Returns:
-            A line that says what steps are made of.
-        """
-        install(self.model)
-        self.max_tokens_per_pass = max_tokens_per_pass
-        documents = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        self.prefixes = find_prefixes(self.train_dataset, documents) if shared_prefix else []
-        lengths = " and ".join(map(str, sorted(map(len, self.prefixes))))
-        shares = f", shared prefixes of {lengths} tokens" if lengths else ", no shared prefix"
-        return f"padding-free: passes of at most {max_tokens_per_pass:,} tokens{shares}"
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Fetches a step's micro-batches, and hands the last of them all passes."""
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.max_tokens_per_pass and batches:
-            passes = self._make_passes(batches, num_items_in_batch)
-            batches = [{**batch, "passes": []} for batch in batches]
-            batches[-1]["passes"] = passes
-        return batches, num_items_in_batch
-
-    def _make_passes(self, batches: list[dict], step_supervised: torch.Tensor | None) -> list[Pass]:
-        averaged = self.args.world_size if self.args.average_tokens_across_devices else 1
-        documents = []
-        for batch in batches:
-            supervised = max(1, int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()))  # 0 is the caller's to refuse
-            reduction = "micro_batch" if step_supervised is None else "global"
-            weight = token_weight(reduction, supervised, len(batches), step_supervised, averaged)
-            documents += documents_of(batch, float(weight), self.prefixes)
-        return make_passes(documents, self.max_tokens_per_pass, self._most_of_all_ranks)
-
-    def _most_of_all_ranks(self, passes: int) -> int:
-        if self.args.world_size == 1:
-            return passes
-        return int(self.accelerator.gather(torch.tensor([passes], device=self.args.device)).max())
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """Runs the passes, or, where there are none to run, the padded micro-batch."""
-        if "passes" not in inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
-        total = torch.zeros((), device=self.args.device)
-        for number, one in enumerate(inputs["passes"], start=1):
-            with self._gradients_stay_here(model) if number < len(inputs["passes"]) else contextlib.nullcontext():
-                with self.compute_loss_context_manager():
-                    loss = model(packed=to_device(one, self.args.device))
-                self._backward(loss, last=number == len(inputs["passes"]))
-            total += loss.detach()
-        return total
-
-    def _gradients_stay_here(self, model: torch.nn.Module) -> contextlib.AbstractContextManager:
-        """Ranks average their gradients after the last pass only, where each holds all of them anyway."""
-        alone = self.args.world_size == 1  # nothing to exchange, and FSDP2 would hold a second copy of the gradients
-        eager = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        return contextlib.nullcontext() if alone or eager else self.accelerator.no_sync(model)
-
-    def _backward(self, loss: torch.Tensor, last: bool) -> None:
-        if self.is_deepspeed_enabled:  # its engine steps when gradients are due
-            self.accelerator.gradient_state._set_sync_gradients(last)
-            self.accelerator.backward(loss, scale_wrt_gas=False)
-        else:
-            self.accelerator.backward(loss)

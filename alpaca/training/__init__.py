@@ -1,0 +1,1 @@
+"""Fine-tuning: from flags to a saved and checked model."""

@@ -1,0 +1,1 @@
+"""Padding-free training: layout of a step, the forward pass that computes it, and its trainer."""
