@@ -38,17 +38,14 @@ class ModelArguments:
     def __post_init__(self):
         """Refuses values that don't fit."""
         name = self.model_name_or_path
-        _require(
-            os.path.isdir(name) or re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name),
-            f"--model_name_or_path {name}: no such folder; expected a model's folder or a Hub id",
-        )
-        _require(self.lora_r >= 0, f"--lora_r must be 0 (train all weights) or more, found {self.lora_r}")
+        if not os.path.isdir(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+            raise UserError(f"--model_name_or_path {name}: no such folder; expected a model's folder or a Hub id")
+        if self.lora_r < 0:
+            raise UserError(f"--lora_r must be 0 (train all weights) or more, found {self.lora_r}")
         _require_above_0(self, "lora_alpha")
         _require_share(self, "lora_dropout")
-        _require(
-            self.lora_r or not self.lora_target_modules,
-            "--lora_target_modules needs --lora_r, the adapter's rank; without it all weights are trained",
-        )
+        if self.lora_target_modules and not self.lora_r:
+            raise UserError("--lora_target_modules needs --lora_r, the adapter's rank; without it all weights train")
 
     def adapt(self, model):
         """Adds the LoRA adapter that these flags describe to a model."""
@@ -69,12 +66,11 @@ class DataArguments:
 
     def __post_init__(self):
         """Refuses values that don't fit."""
-        _require(self.data_path, "--data_path is missing: a JSON or JSON Lines file, or a Hub data set id")
+        if not self.data_path:
+            raise UserError("--data_path is missing: a JSON or JSON Lines file, or a Hub data set id")
         _require_share(self, "eval_fraction")
-        _require(
-            not (self.eval_data_path and self.eval_fraction),
-            "--eval_data_path and --eval_fraction both name data to evaluate on; give one",
-        )
+        if self.eval_data_path and self.eval_fraction:
+            raise UserError("--eval_data_path and --eval_fraction both name data to evaluate on; give one")
 
 
 @dataclass
@@ -128,41 +124,41 @@ class TrainingArguments(transformers.TrainingArguments):
         """Refuses values that don't fit, then decides types and sharding before the Trainer's own checks."""
         batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         _require_above_0(self, *batches, "num_train_epochs", "save_steps")
-        for name in ("learning_rate", "weight_decay", "seed", "max_tokens_per_pass"):
-            value = getattr(self, name)
-            _require(0 <= value < math.inf, f"--{name} must be at least 0, found {value}")
-        _require(self.seed < 2**32, f"--seed must be below {2**32}, found {self.seed}")
-        _require(self.model_max_length >= 2, f"--model_max_length must be at least 2, found {self.model_max_length}")
+        _require_not_negative(self, "learning_rate", "weight_decay", "seed", "max_tokens_per_pass")
         _require_share(self, "warmup_ratio")
-        _require(
-            not self.remove_unused_columns,
-            "--remove_unused_columns True would drop the records' numbers, which errors are reported by",
-        )
+        if self.seed >= 2**32:
+            raise UserError(f"--seed must be below {2**32}, found {self.seed}")
+        if self.model_max_length < 2:
+            raise UserError(f"--model_max_length must be at least 2, found {self.model_max_length}")
+        if self.remove_unused_columns:
+            raise UserError(
+                "--remove_unused_columns True would drop the records' numbers, which errors are reported by"
+            )
         for name in ("label_smoothing_factor", "neftune_noise_alpha"):  # NEFTune scales its noise by padded lengths
-            padded = str(self.padding_free).lower() == "false"
-            _require(padded or not getattr(self, name), f"--{name} needs --padding_free false")
+            if getattr(self, name) and str(self.padding_free).lower() != "false":
+                raise UserError(f"--{name} needs --padding_free false")
         folder = nearest_existing(self.output_dir or ".")
-        _require(
-            os.path.isdir(folder), f"--output_dir {self.output_dir}: {folder} is a file; name a folder, new or empty"
-        )
+        if not os.path.isdir(folder):
+            raise UserError(f"--output_dir {self.output_dir}: {folder} is a file; name a folder, new or empty")
         write(self, flag_settings(self))
         super().__post_init__()
 
 
-def _require(is_right: Any, message: str) -> None:
-    if not is_right:
-        raise UserError(message)
-
-
 def _require_above_0(flags: Any, *names: str) -> None:
     for name in names:
-        value = getattr(flags, name)
-        _require(0 < value < math.inf, f"--{name} must be above 0, found {value}")
+        if not 0 < (value := getattr(flags, name)) < math.inf:
+            raise UserError(f"--{name} must be above 0, found {value}")
+
+
+def _require_not_negative(flags: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= (value := getattr(flags, name)) < math.inf:
+            raise UserError(f"--{name} must be at least 0, found {value}")
 
 
 def _require_share(flags: Any, name: str) -> None:
-    value = getattr(flags, name)
-    _require(0 <= (value or 0) < 1, f"--{name} must be at least 0 and below 1, found {value}")
+    if not 0 <= ((value := getattr(flags, name)) or 0) < 1:
+        raise UserError(f"--{name} must be at least 0 and below 1, found {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,17 +220,15 @@ def _refuse_unknown(unknown: Sequence[str], known: Sequence[str]) -> NoReturn:
 
 def _check_together(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
     """Refuses flags of different classes that contradict each other."""
-    _require(
-        not (args.pure_bf16 and (model_args.lora_r or args.deepspeed)),
-        "--pure_bf16 is for full fine-tuning without --deepspeed; LoRA and ZeRO-3 hold float32 master weights",
-    )
-    if args.load_best_model_at_end or args.save_strategy == "best":
+    if args.pure_bf16 and (model_args.lora_r or args.deepspeed):
+        raise UserError("--pure_bf16 is for full fine-tuning without --deepspeed; LoRA and ZeRO-3 train in float32")
+    if not args.load_best_model_at_end and args.save_strategy != "best":
+        return
+    if not (data_args.eval_data_path or data_args.eval_fraction):
         flag = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy best"
-        _require(
-            data_args.eval_data_path or data_args.eval_fraction,
-            f"--{flag} needs --eval_data_path or --eval_fraction to find the best model",
-        )
-        _require(args.metric_for_best_model, "--save_strategy best needs --metric_for_best_model, for example loss")
+        raise UserError(f"--{flag} needs --eval_data_path or --eval_fraction to find the best model")
+    if not args.metric_for_best_model:
+        raise UserError("--save_strategy best needs --metric_for_best_model, for example loss")
 
 
 def _check_packages(model_args: ModelArguments, args: TrainingArguments) -> None:

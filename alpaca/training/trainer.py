@@ -80,13 +80,8 @@ class AlpacaTrainer(Trainer):
         self._started = time.perf_counter()
         return super()._inner_training_loop(*args, **kwargs)
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        """Computes a micro-batch's loss."""
-        return super().compute_loss(model, _without_records(inputs), *args, **kwargs)
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        """Evaluates a batch."""
-        return super().prediction_step(model, _without_records(inputs), *args, **kwargs)
+    def _prepare_inputs(self, inputs):
+        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "records"})
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Runs a micro-batch forward and backward; after the last one of a step, checks all of the step's losses."""
@@ -231,8 +226,3 @@ class AlpacaTrainer(Trainer):
         count = models.verify(staging, shapes, aliases)
         saving.publish(staging, self.args.output_dir)
         return count
-
-
-def _without_records(inputs: Mapping) -> dict:
-    """Drops the record numbers, which the model doesn't take."""
-    return {name: value for name, value in inputs.items() if name != "records"}

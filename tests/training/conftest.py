@@ -1,20 +1,21 @@
-"""Fixtures of the training wing."""
+"""Fixtures of the training wing. They import late: Hugging Face reads the tests' environment when it is imported."""
 
 import pytest
-from packing_models import gradients, load_examples, make_model, micro_batches, padded_loss
-from toy_tokenizers import llama_dir, opt_dir, traps  # noqa: F401
-from training_runs import data, models, one_thread, trainee  # noqa: F401
 
 
 @pytest.fixture(scope="session")
 def examples(root) -> list[dict]:
     """16 seed tasks as tokens of 512 kinds: words, with their first letter merged into the space before."""
+    from packing_models import load_examples
+
     return load_examples(root)
 
 
 @pytest.fixture(scope="session")
 def reference(examples):
     """The padded path's loss and gradients, computed once for each model and reduction."""
+    from packing_models import gradients, make_model, micro_batches, padded_loss
+
     known = {}
 
     def compute(name: str, reduction: str):
@@ -29,6 +30,11 @@ def reference(examples):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick(request):
-    """All tests of this wing are quicker on one thread."""
-    request.getfixturevalue("one_thread")
+def _quick():
+    """Tiny matrices are quicker on one thread than on two that wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

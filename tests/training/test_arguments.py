@@ -10,6 +10,8 @@ import train
 from alpaca.cli import UserError
 from alpaca.training.arguments import parse_arguments
 
+pytest_plugins = ["training_runs"]
+
 
 @pytest.mark.parametrize(
     ("flags", "words"),

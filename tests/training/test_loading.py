@@ -15,6 +15,8 @@ from alpaca.cli import UserError
 from alpaca.prompts import alpaca_chat_template
 from alpaca.training import loading, sharding
 
+pytest_plugins = ["training_runs"]
+
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_only_the_first_rank_of_fsdp_loads_weights(models, monkeypatch, kind):

@@ -12,6 +12,8 @@ from alpaca import models as model_loading
 from alpaca.cli import UserError
 from alpaca.training import lora, saving, sharding
 
+pytest_plugins = ["training_runs"]
+
 
 def test_lora_learns_and_merges_to_equal_logits(models, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
@@ -33,9 +35,9 @@ def test_lora_learns_and_merges_to_equal_logits(models, data, tmp_path, monkeypa
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
     with pytest.raises(UserError, match="is not empty"):
         lora.merge(str(out), str(tmp_path / "merged"))
-    with pytest.raises(UserError, match="is not empty, or no folder"):
+    with pytest.raises(UserError, match="is not empty, or not a folder"):
         lora.merge(str(out), data)
-    with pytest.raises(UserError, match=r"out is no adapter of .*opt: .*; name its model with --base_model"):
+    with pytest.raises(UserError, match=r"out is not an adapter of .*opt: .*; name its model with --base_model"):
         lora.merge(str(out), str(tmp_path / "other"), base_model=models["opt"])
     monkeypatch.setattr(model_loading, "verify", lambda folder, *shapes: [] / 0)
     with pytest.raises(TypeError):

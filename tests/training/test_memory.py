@@ -20,6 +20,8 @@ from alpaca.training import memory
 from alpaca.training.packing import model as packed_model
 from alpaca.training.packing import passes as packing_passes
 
+pytest_plugins = ["training_runs"]
+
 LLAMA_7B = memory.ModelShape(6_738e6, 6_738e6, 6_607e6, 202e6, 4096, 32, 32001, 46 * 4096)
 
 

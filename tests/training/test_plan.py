@@ -17,6 +17,8 @@ import train
 from alpaca.cli import UserError
 from alpaca.training import memory, plan, sharding
 
+pytest_plugins = ["training_runs"]
+
 CHOICES = [
     ("llama", {}, "auto", "auto", (True, True), ""),
     ("llama", {}, "auto", "false", (True, False), ""),

@@ -15,6 +15,8 @@ from alpaca.cli import UserError
 from alpaca.training import saving
 from alpaca.training.trainer import AlpacaTrainer
 
+pytest_plugins = ["training_runs"]
+
 
 def test_checkpoint_that_is_not_whole_is_not_continued_from(models, data, tmp_path, monkeypatch):
     out, saves = tmp_path / "out", ("--save_strategy", "steps", "--save_steps", "2")

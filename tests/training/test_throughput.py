@@ -10,6 +10,8 @@ import train
 from alpaca.training import throughput, trainer
 from alpaca.training.packing import model as packed_model
 
+pytest_plugins = ["training_runs"]
+
 
 def test_speed_is_trainings_alone_and_the_time_left_everythings(trainee, tmp_path, monkeypatch):
     """A clock that only evaluations (100 s), saves (1,000 s) and passes (1 s) move."""

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import train
 from alpaca.cli import UserError
 
+pytest_plugins = ["training_runs"]
+
 
 def test_model_whose_files_name_tensors_otherwise_continues_exactly(models, data, tmp_path, monkeypatch):
     """GPT-NeoX's output layer is lm_head in memory and embed_out in its files; the Trainer resumes by the former."""

@@ -12,6 +12,8 @@ from alpaca.cli import UserError
 from alpaca.prompts import format_prompt
 from alpaca.training import data as training_data
 
+pytest_plugins = ["toy_tokenizers", "training_runs"]
+
 
 @pytest.mark.parametrize(
     ("broken", "words"),

@@ -11,6 +11,8 @@ from training_runs import assert_same_run, logged
 
 import train
 
+pytest_plugins = ["training_runs"]
+
 UNEVEN = ["--eval_fraction", "0.075", "--eval_strategy", "steps", "--eval_steps", "1"]
 
 
