@@ -26,12 +26,12 @@ from alpaca.generation.dedup import RougePool
 from alpaca.generation.dispatch import ask_live
 from alpaca.generation.harvest import Harvest
 from alpaca.generation.inputs import Prompts, load_seed_tasks, read_prompt_header
-from alpaca.generation.output import Output, open_output, writing_to
+from alpaca.generation.output import OutputFolder, open_output, writing_to
 from alpaca.generation.parser import parse_tasks
 from alpaca.generation.progress import Progress, closing_table, log, table
 from alpaca.generation.requests import RequestJournal, read_requests
 from alpaca.generation.run import Outcome, Run
-from alpaca.generation.spending import Spending, estimate, find_prices
+from alpaca.generation.spending import Spending, estimate_cost, find_prices
 
 
 def encode_prompt(prompt_instructions: Sequence[dict[str, str]], prompt: str | None = None) -> str:
@@ -184,7 +184,7 @@ def generate_instruction_following_data(
     config = Config(**locals())  # the first statement, while the locals are the flags and nothing else
     prompts = Prompts(config, encode_prompt)
     if config.dry_run:
-        print(f"{prompts.of(0)}\n\n{estimate(prompts.of(0), config)}")
+        print(f"{prompts.of(0)}\n\n{estimate_cost(prompts.of(0), config)}")
         return
     client = Client(config.base_url, config.api, config.max_retries, config.request_timeout, log)
     with writing_to(config.output_dir), RequestJournal(config.output_dir) as journal:
@@ -206,7 +206,7 @@ def generate_instruction_following_data(
 
 
 async def _ask(
-    config: Config, prompts: Prompts, client: Client, journal: RequestJournal, harvest: Harvest, output: Output
+    config: Config, prompts: Prompts, client: Client, journal: RequestJournal, harvest: Harvest, output: OutputFolder
 ) -> Outcome:
     """Asks the server until enough tasks are kept. After a failure, too, the files are written and the costs shown."""
     async with client:
@@ -264,7 +264,7 @@ def replay(
         if harvest.remaining:
             harvest.add(record)
     with writing_to(output_dir):
-        Output(output_dir).write(harvest)
+        OutputFolder(output_dir).write(harvest)
     print(table(harvest, [("answers", len(records), f"of {journal_path}")]))
 
 

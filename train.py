@@ -36,11 +36,11 @@ from alpaca.tokenizers import (
 from alpaca.training import lora, saving
 from alpaca.training.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from alpaca.training.data import IGNORE_INDEX, describe_data, load_dataset_examples, token_index, tokenize_once
-from alpaca.training.loading import load_model, load_skeleton
+from alpaca.training.loading import load_for_training, load_skeleton
 from alpaca.training.packing.model import compile_layers
 from alpaca.training.packing.trainer import PackedTrainer
 from alpaca.training.plan import Plan, check_data, make_plan, write
-from alpaca.training.throughput import closing_table
+from alpaca.training.throughput import run_table
 from alpaca.training.trainer import AlpacaTrainer
 
 __all__ = [
@@ -218,7 +218,7 @@ def train() -> None:
     describe_data(data, tokenizer)
     check_data(plan, args, data, resume, skeleton.config)
     set_seed(args.seed)
-    model = load_model(model_args, args, plan, tokenizer, skeleton.config)
+    model = load_for_training(model_args, args, plan, tokenizer, skeleton.config)
     shapes = lora.adapter_shapes(model) if plan.lora_r else tensor_shapes(skeleton)
     trainer = make_trainer(plan, model=model, args=args, processing_class=tokenizer, **data)
     # SIGTERM also waits while the model is saved, which may be the run's first save.
@@ -231,7 +231,7 @@ def train() -> None:
             raise SystemExit(143)
         trainer.save_state()
         tensors = trainer.save_verified(*shapes)
-    announce(closing_table(trainer.state, trainer.throughput))
+    announce(run_table(trainer.state, trainer.throughput))
     announce(f"{args.output_dir}: saved and reloaded {tensors} tensors, every one present, right shape, finite")
     if data["eval_dataset"] is not None:
         trainer.log_metrics("eval", trainer.evaluate())

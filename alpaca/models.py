@@ -93,7 +93,7 @@ def tensor_shapes(model) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     return in_files(model.state_dict()), aliases
 
 
-def verify(folder: str, shapes: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> int:
+def check_saved(folder: str, shapes: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> int:
     """Reloads a saved model and checks it: every tensor present, right shape, finite.
 
     Args:

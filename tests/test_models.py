@@ -41,7 +41,7 @@ def test_checkpoint_that_was_not_saved_right_is_not_passed_as_done(models, tmp_p
 
     model = AutoModelForCausalLM.from_pretrained(models["llama"])
     shapes = model_loading.tensor_shapes(model)
-    assert model_loading.verify(models["llama"], *shapes) == 21
+    assert model_loading.check_saved(models["llama"], *shapes) == 21
     whole = load_file(models["llama"] + "/model.safetensors")
     norm = "model.norm.weight"
     for wrong, words in (
@@ -52,6 +52,6 @@ def test_checkpoint_that_was_not_saved_right_is_not_passed_as_done(models, tmp_p
     ):
         save_file(wrong, tmp_path / "model.safetensors")
         with pytest.raises(RuntimeError, match=words):
-            model_loading.verify(str(tmp_path), *shapes)
+            model_loading.check_saved(str(tmp_path), *shapes)
     tied = model_loading.tensor_shapes(AutoModelForCausalLM.from_pretrained(models["opt"]))
-    assert model_loading.verify(models["opt"], *tied) == len(tied[0]) - 1, "one of two tied tensors is enough"
+    assert model_loading.check_saved(models["opt"], *tied) == len(tied[0]) - 1, "one of two tied tensors is enough"

@@ -18,7 +18,7 @@ _SECONDS_BETWEEN_WRITES = 30.0
 
 
 @dataclass
-class Output:
+class OutputFolder:
     """The three files that are made from the journal and can be made again from it.
 
     Attributes:
@@ -50,7 +50,7 @@ class Output:
             self._written, self._took = time.monotonic(), time.monotonic() - start
 
 
-def open_output(folder: str, is_new_run: bool) -> tuple[Output, list[dict[str, Any]]]:
+def open_output(folder: str, is_new_run: bool) -> tuple[OutputFolder, list[dict[str, Any]]]:
     """Protects files that were in the folder before the first answer.
 
     Somebody's alpaca_data.json stays as it is: the run writes regen_alpaca_data.json beside it. A run begins with the
@@ -77,7 +77,7 @@ def open_output(folder: str, is_new_run: bool) -> tuple[Output, list[dict[str, A
         if os.path.exists(taken) and not os.path.exists(beside):
             jdump([], beside)
     earlier = load_examples(start, require_output=False) if os.path.exists(start) else []
-    return Output(folder, os.path.basename(beside if os.path.exists(beside) else taken)), earlier
+    return OutputFolder(folder, os.path.basename(beside if os.path.exists(beside) else taken)), earlier
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ def find_prices(model: str | None, config: Config) -> tuple[float, float] | None
     return (entry["input"], entry["output"]) if entry else None
 
 
-def estimate(prompt: str, config: Config) -> str:
+def estimate_cost(prompt: str, config: Config) -> str:
     """Says for --dry_run what a run may take, given its first prompt."""
     spending = Spending(config, find_prices(config.model_name, config))
     target = config.num_instructions_to_generate

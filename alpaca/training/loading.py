@@ -44,7 +44,7 @@ def load_skeleton(model_args, args):
         return tokenizer, model_class(config)
 
 
-def load_model(model_args, args, plan: Plan, tokenizer, config):
+def load_for_training(model_args, args, plan: Plan, tokenizer, config):
     """Loads the weights and adds rows for new tokens, or a LoRA adapter.
 
     Trained weights are float32 whatever the checkpoint's type is, unless --pure_bf16 is given. Weights that LoRA

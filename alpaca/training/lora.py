@@ -73,7 +73,7 @@ def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> N
         raise UserError("merging an adapter needs peft: pip install peft") from error
     import torch
 
-    from alpaca.models import load_model, tensor_shapes, verify
+    from alpaca.models import check_saved, load_model, tensor_shapes
     from alpaca.tokenizers import load_tokenizer
     from alpaca.training.saving import STAGING, publish
 
@@ -97,6 +97,6 @@ def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> N
     staging = os.path.join(output_dir, STAGING)
     merged.save_pretrained(staging)
     load_tokenizer(adapter_dir)[0].save_pretrained(staging)
-    verify(staging, *tensor_shapes(merged))
+    check_saved(staging, *tensor_shapes(merged))
     publish(staging, output_dir)
     print(f"{output_dir}: {base} with {adapter_dir} merged into its weights, reloaded and checked")

@@ -137,7 +137,7 @@ def peak_memory(device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def closing_table(state, throughput: Throughput) -> str:
+def run_table(state, throughput: Throughput) -> str:
     """Formats a summary of a run.
 
     Args:

@@ -223,6 +223,6 @@ class AlpacaTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if not self.is_world_process_zero():
             return 0
-        count = models.verify(staging, shapes, aliases)
+        count = models.check_saved(staging, shapes, aliases)
         saving.publish(staging, self.args.output_dir)
         return count

@@ -84,7 +84,7 @@ class Checkpoint:
         path = os.path.join(self.folder, "config.json")
         if not os.path.exists(path):
             raise UserError(f"{self.folder} has no config.json; expected a model's folder in Hugging Face format")
-        return read_text(path)
+        return read_verbatim(path)
 
     @cached_property
     def config(self) -> dict:
@@ -128,7 +128,7 @@ class Checkpoint:
         return {name: tensors for name, tensors in files.items() if tensors}
 
 
-def read_text(path: str) -> str:
+def read_verbatim(path: str) -> str:
     """Reads a text file with its line ends as they are.
 
     Raises:

@@ -13,7 +13,7 @@ import numpy as np
 from alpaca.cli import UserError
 from alpaca.files import jload
 from alpaca.models import DIFF_MARK
-from alpaca.weight_diff.checkpoint_files import INDEX, Checkpoint, Output, read_text
+from alpaca.weight_diff.checkpoint_files import INDEX, Checkpoint, Output, read_verbatim
 from alpaca.weight_diff.corrections import CORRECTIONS
 
 MANIFEST = "weight_diff.json"
@@ -38,7 +38,7 @@ def finish_diff(
     """
     carried = {"config.json": tuned.config_text}
     if tuned.metadata and os.path.exists(index := os.path.join(tuned.folder, INDEX)):
-        carried[INDEX] = read_text(index)
+        carried[INDEX] = read_verbatim(index)
     _copy_small_files(tuned.folder, output.folder)
     _write_index(output, None if copies else carried.get(INDEX))
     config = {**tuned.config, "architectures": [], DIFF_MARK: True}

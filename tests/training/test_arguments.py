@@ -53,7 +53,7 @@ pytest_plugins = ["training_runs"]
     ],
 )
 def test_wrong_flag_is_refused_in_one_line(models, data, tmp_path, monkeypatch, flags, words):
-    monkeypatch.setattr(train, "load_model", None)
+    monkeypatch.setattr(train, "load_for_training", None)
     with pytest.raises(UserError) as refusal:
         run(monkeypatch, models["llama"], data, tmp_path / "out", *flags)
     assert words in str(refusal.value)

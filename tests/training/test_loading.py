@@ -27,10 +27,10 @@ def test_only_the_first_rank_of_fsdp_loads_weights(models, monkeypatch, kind):
     tokenizer, skeleton = loading.load_skeleton(chosen, args)
     assert sharding.sends_weights(skeleton)
     plan = SimpleNamespace(sends_weights=True, dtype=torch.float32)
-    loaded = loading.load_model(chosen, args, plan, tokenizer, skeleton.config)
+    loaded = loading.load_for_training(chosen, args, plan, tokenizer, skeleton.config)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    empty = loading.load_model(chosen, args, plan, tokenizer, skeleton.config)
+    empty = loading.load_for_training(chosen, args, plan, tokenizer, skeleton.config)
     assert model_loading.tensor_shapes(empty) == model_loading.tensor_shapes(loaded)
     for ours, theirs in zip(empty.buffers(), loaded.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -43,7 +43,7 @@ def test_weight_diff_is_not_trained(models, data, tmp_path, monkeypatch):
     shutil.copytree(models["llama"], diff)
     config = json.loads((diff / "config.json").read_text())
     (diff / "config.json").write_text(json.dumps({**config, "alpaca_weight_diff": True}))
-    monkeypatch.setattr(train, "load_model", None)
+    monkeypatch.setattr(train, "load_for_training", None)
     with pytest.raises(UserError, match="is a weight diff, not a model"):
         run(monkeypatch, str(diff), data, tmp_path / "out")
 

@@ -104,7 +104,7 @@ def test_recipe_that_fits_is_named():
 
 
 def test_too_little_memory_is_refused_before_weights_load(models, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "load_model", None)
+    monkeypatch.setattr(train, "load_for_training", None)
     monkeypatch.setattr(memory, "host_memory", lambda: 2**20)
     with pytest.raises(UserError, match=r"memory: about .* MiB for 1 process\(es\), 1.0 MiB free: too little\. "):
         run(monkeypatch, models["llama"], data, tmp_path / "out")

@@ -252,7 +252,7 @@ def test_activations_are_recomputed_where_the_estimate_has_no_room_for_them(
     shape = memory.model_shape(AutoModelForCausalLM.from_pretrained(trainee[1]), plan)
     room = memory.estimate(memory.replace(shape, layers=layers_that_fit), plan)[0]
     monkeypatch.setattr(memory, "host_memory", lambda: int(room) + 1)
-    load, calls = train.load_model, {"layer": 0, "lm_head": 0}
+    load, calls = train.load_for_training, {"layer": 0, "lm_head": 0}
 
     def load_and_count(*args):
         model = load(*args)
@@ -260,7 +260,7 @@ def test_activations_are_recomputed_where_the_estimate_has_no_room_for_them(
             module.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
         return model
 
-    monkeypatch.setattr(train, "load_model", load_and_count)
+    monkeypatch.setattr(train, "load_for_training", load_and_count)
     flags = ["--max_steps", "1", "--output_dir", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["train.py", *trainee, *flags])
     train.train()
@@ -270,6 +270,6 @@ def test_activations_are_recomputed_where_the_estimate_has_no_room_for_them(
 
 
 def test_batch_that_no_example_is_left_for_is_refused(models, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "load_model", None)
+    monkeypatch.setattr(train, "load_for_training", None)
     with pytest.raises(UserError, match=r"--dataloader_drop_last True drops all of the 32 example\(s\)"):
         run(monkeypatch, models["llama"], data, tmp_path / "out", "--dataloader_drop_last", "True", batch=64)

@@ -47,7 +47,7 @@ def test_checkpoint_of_another_run_is_refused_or_told(models, data, tmp_path, mo
         "comes from a run of 4 steps, this one has 8: data, batch or number of processes differ"
         in capsys.readouterr().out
     )
-    monkeypatch.setattr(train, "load_model", None)
+    monkeypatch.setattr(train, "load_for_training", None)
     with pytest.raises(UserError, match="its lora_r is 0, this run's 4; continue with the flags that started the run"):
         run(monkeypatch, models["llama"], data, tmp_path / "lora", *resume, "--lora_r", "4")
     with pytest.raises(UserError, match="its model_type is llama, this run's opt; "):
@@ -103,7 +103,7 @@ def test_folder_of_a_run_at_work_is_left_alone(models, data, tmp_path, monkeypat
 
 
 def test_too_little_disk_is_refused_before_weights_load(models, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "load_model", None)
+    monkeypatch.setattr(train, "load_for_training", None)
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20}))
     saves = ("--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "1")
     with pytest.raises(UserError, match=r"has 1.0 MiB free and this run needs .*2 checkpoint\(s\) of .*lower --save"):
@@ -111,7 +111,7 @@ def test_too_little_disk_is_refused_before_weights_load(models, data, tmp_path, 
 
 
 def test_folder_that_cannot_be_written_is_refused_before_weights_load(models, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "load_model", None)
+    monkeypatch.setattr(train, "load_for_training", None)
     (tmp_path / "out").mkdir()
 
     def refuse(dir):

@@ -64,9 +64,9 @@ def test_weights_in_16_bits_are_not_trained_unless_asked_for(trainee, tmp_path, 
 
     flags = [*trainee, "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--gradient_accumulation_steps", "1"]
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    load = train.load_model
+    load = train.load_for_training
     with monkeypatch.context() as patch:
-        patch.setattr(train, "load_model", lambda *args: load(*args).to(torch.bfloat16))
+        patch.setattr(train, "load_for_training", lambda *args: load(*args).to(torch.bfloat16))
         with pytest.raises(UserError, match="would be trained in 16 bits"):
             train.train()
     monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--pure_bf16", "True"])

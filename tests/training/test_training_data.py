@@ -32,7 +32,7 @@ def test_wrong_record_is_named(models, data, tmp_path, monkeypatch, broken, word
     else:
         examples[1].update(broken)
     (tmp_path / "wrong.json").write_text(json.dumps(examples))
-    monkeypatch.setattr(train, "load_model", None)
+    monkeypatch.setattr(train, "load_for_training", None)
     with pytest.raises(UserError, match=re.escape(words)):
         run(monkeypatch, models["llama"], str(tmp_path / "wrong.json"), tmp_path / "out")
 
@@ -40,7 +40,7 @@ def test_wrong_record_is_named(models, data, tmp_path, monkeypatch, broken, word
 def test_single_record_is_not_divided(models, data, tmp_path, monkeypatch):
     with open(data, encoding="utf-8") as file:
         (tmp_path / "one.json").write_text(json.dumps(json.load(file)[:1]))
-    monkeypatch.setattr(train, "load_model", None)
+    monkeypatch.setattr(train, "load_for_training", None)
     with pytest.raises(UserError, match=r"--eval_fraction 0.5: .*one.json has only one record"):
         run(monkeypatch, models["llama"], str(tmp_path / "one.json"), tmp_path / "out", "--eval_fraction", "0.5")
 
@@ -49,7 +49,7 @@ def test_batch_that_cannot_have_a_label_is_refused_before_weights_load(models, d
     with open(data, encoding="utf-8") as file:
         examples = json.load(file)[:2]
     examples[1]["instruction"] = "much too long " * 200
-    monkeypatch.setattr(train, "load_model", None)
+    monkeypatch.setattr(train, "load_for_training", None)
     for name, chosen, batch in (("all", examples[1:], 4), ("one", examples, 1)):
         (tmp_path / name).write_text(json.dumps(chosen))
         with pytest.raises(UserError, match=r"1 example\(s\) have nothing to learn.* records \d; a batch needs one"):
