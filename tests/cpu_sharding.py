@@ -3,9 +3,9 @@
     torchrun --nproc_per_node=2 tests/cpu_sharding.py COMMANDS.json
 
 accelerate 1.15 never promotes its multi-CPU mode to FSDP and hands DeepSpeed no backend without an accelerator. Both
-are mended here, outside the shipped script, which says that it goes on data-parallel instead. COMMANDS.json is a list
+are fixed here, outside the shipped script, which says that it goes on data-parallel instead. COMMANDS.json is a list
 of train.py's argument lists; they run one after another in the same processes, which saves their start-up. With
---plain in a list nothing is mended for it, with --half --bf16 True is obeyed as on a GPU.
+--plain in a list nothing is fixed for it; with --half, --bf16 True is obeyed as on a GPU.
 """
 
 import importlib

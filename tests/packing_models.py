@@ -12,11 +12,7 @@ from alpaca.prompts import format_prompt
 from alpaca.training.packing import passes as packing_passes
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
-
-
 LLAMA_LIKE = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 512}
-
-
 CONFIGS = {
     "llama": {**LLAMA_LIKE, "num_key_value_heads": 4},
     "llama, grouped queries": LLAMA_LIKE,

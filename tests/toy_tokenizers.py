@@ -12,8 +12,6 @@ from alpaca.prompts import format_prompt
 from demo import tiny_model
 
 IGNORE = -100
-
-
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 

@@ -28,7 +28,9 @@ class ModelArguments:
 
     model_name_or_path: str = field(default="facebook/opt-125m", metadata={"help": "The model: a folder or a Hub id."})
     lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter; 0 trains all weights."})
-    lora_alpha: float = field(default=16.0, metadata={"help": "LoRA's scale times its rank: the scale is alpha / r."})
+    lora_alpha: float = field(
+        default=16.0, metadata={"help": "LoRA's alpha: the adapter's output is scaled by alpha / rank."}
+    )
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
     lora_target_modules: str | None = field(
         default=None,

@@ -12,7 +12,7 @@ def add_adapter(model, r: int, alpha: float, dropout: float, target_modules: str
     Args:
         model: A causal language model.
         r: Rank of the adapters.
-        alpha: Their scale times their rank: the scale is alpha / r.
+        alpha: Their output is scaled by alpha / r.
         dropout: Dropout on their input.
         target_modules: Comma-separated names; every linear layer except the output layer if None.
 

@@ -99,8 +99,8 @@ def _read_fsdp(args) -> dict[str, Any]:
         return {"fsdp": None}
     _join_world()
     config = {name.removeprefix("fsdp_"): value for name, value in config.items()}
-    kept = {"reshard_after_forward": False} if "shard_grad_op" in words else {}
-    return {"fsdp": True, "fsdp_config": {"cpu_offload": "offload" in words, **kept, **config}}
+    gathered_once = {"reshard_after_forward": False} if "shard_grad_op" in words else {}
+    return {"fsdp": True, "fsdp_config": {"cpu_offload": "offload" in words, **gathered_once, **config}}
 
 
 def _read_deepspeed(args) -> dict[str, Any]:

@@ -23,8 +23,6 @@ from alpaca.training.packing import passes as packing_passes
 pytest_plugins = ["training_runs"]
 
 LLAMA_7B = memory.ModelShape(6_738e6, 6_738e6, 6_607e6, 202e6, 4096, 32, 32001, 46 * 4096)
-
-
 LLAMA_7B_LORA = memory.replace(LLAMA_7B, trainable=40e6, saved=67 * 4096)
 
 
@@ -130,7 +128,7 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.parametrize("reshards", [True, False])
 def test_fsdp2_keeps_what_the_estimate_says_between_forward_and_backward(examples, reshards):
-    """In a world of one as well: there, gathering is a copy of the float32 masters in bfloat16."""
+    """In a world of one as well: there, gathering is a copy of the float32 master weights in bfloat16."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor
 

@@ -14,7 +14,7 @@ from alpaca.training.packing import model as packed_model
 
 
 def test_a_world_of_one_under_fsdp2_holds_the_masters_of_adamw(examples, monkeypatch):
-    """bfloat16 compute, float32 masters: what AdamW does to them is what it does to plain float32 weights.
+    """bfloat16 compute, float32 master weights: what AdamW does to them is what it does to plain float32 weights.
 
     Neither tokens' weights on their way in nor the loss on its way out are rounded.
     """

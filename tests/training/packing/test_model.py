@@ -25,8 +25,6 @@ from alpaca.training.packing import model as packed_model
 from alpaca.training.packing import passes as packing_passes
 
 ALL_WAYS = list(itertools.product(("micro_batch", "global"), (False, True), (100_000, 600)))
-
-
 CASES = [(name, *way) for name in CONFIGS for way in (ALL_WAYS if name in ("llama", "opt") else ALL_WAYS[1:3])]
 
 

@@ -14,11 +14,7 @@ import train
 pytest_plugins = ["training_runs"]
 
 UNEVEN = ["--eval_fraction", "0.075", "--eval_strategy", "steps", "--eval_steps", "1"]
-
-
 UNEVEN += ["--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "1"]
-
-
 WAYS = {
     "ddp": ["--plain"],
     "ddp, global": ["--plain", "--loss_reduction", "global"],
@@ -40,8 +36,6 @@ WAYS = {
         "global",
     ],
 }
-
-
 STEPS = {"uneven": 8, "dropped": 3, "fsdp, uneven": 8}
 
 
