@@ -4,20 +4,22 @@ r"""Finds the tasks in a completion: those that the original's rules find, and t
 -> [ParsedTask("Name a prime.", "", "7"), ...]
 """
 
+import json
 import re
 from dataclasses import dataclass
 
-_FIELD = r"(?P<field>Instruction|Input|Output|INSTRUCTION|INPUT|OUTPUT)[ \t]*(?P<closing>\*\*|__)?[ \t]*:"
-# "4. Instruction:", "**4. Input:**", "4) **Output**:", "### 4. Instruction:", "Task 4 - Input:"; only at line starts.
+_LINE_START = r"^[ \t>]*(?:[-*•][ \t]+)?(?P<hashes>#{1,6})?[ \t]*(?P<opening>\*\*|__)?"
+_FIELD = (
+    r"(?P<field>Instruction|Input|Output|Response|INSTRUCTION|INPUT|OUTPUT|RESPONSE)"
+    r"[ \t]*(?P<closing>\*\*|__)?[ \t]*:"
+)
+# "4. Instruction:", "**4. Input:**", "4) **Output**:", "### 4. Instruction:", "Task 4 - Input:", "- 4. Response:".
 _NUMBERED = re.compile(
-    r"^[ \t>]*(?P<hashes>#{1,6})?[ \t]*(?P<opening>\*\*|__)?(?:Task[ \t]+)?"
-    rf"(?P<number>\d+)[ \t]*[.):-]?[ \t]*(?P<inner>\*\*|__)?{_FIELD}",
-    re.MULTILINE,
+    rf"{_LINE_START}(?:Task[ \t]+)?(?P<number>\d+)[ \t]*[.):-]?[ \t]*(?P<inner>\*\*|__)?{_FIELD}", re.MULTILINE
 )
-_UNNUMBERED = re.compile(
-    rf"^[ \t>]*(?P<hashes>#{{1,6}})?[ \t]*(?P<opening>\*\*|__)?(?P<number>)(?P<inner>){_FIELD}", re.MULTILINE
-)
-# For answers without any number: "Instruction:", "**Input:**", "### Output:".
+# "Instruction:", "**Input:**", "### Output:", "* Response:": for answers without any number, and for tasks of which
+# only the instruction has one.
+_UNNUMBERED = re.compile(rf"{_LINE_START}(?P<number>)(?P<inner>){_FIELD}", re.MULTILINE)
 _SEPARATOR = re.compile(r"^[ \t]*#{3,}[ \t]*$", re.MULTILINE)
 # The start of a heading at which an answer was cut: "", "5", "5. Instr", "**5. In".
 _HALF_A_HEADING = re.compile(r"\s*(\*\*)?(\d+[.)]?)?\s*(\*\*)?\w{0,11}\s*\Z")
@@ -25,6 +27,7 @@ _NO_INPUT = re.compile(
     r"[<(\[]?\s*(no[ _-]?input( (is )?(needed|required|provided|necessary))?|n/?a|none)\s*[>)\]]?\.?\Z", re.IGNORECASE
 )
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+_JSON_LIST = re.compile(r"\A\s*(```(json)?\s*)?(?P<list>\[\s*\{.*?)\s*(```)?\s*\Z", re.DOTALL)
 
 PROBLEMS = ("malformed", "truncated")  # why a stretch of text is not a task
 
@@ -60,7 +63,9 @@ def parse_tasks(text: str, first_number: int, truncated: bool = False) -> list[P
 
     A numbered `Instruction:` heading at the start of a line begins a task, whether its number is the next one, repeats,
     skips or restarts. A line of ### ends the task before it. Inside a task only headings with its own number count, so
-    an output may contain ### and numbered headings itself.
+    an output may contain ### and numbered headings itself. If only the instruction has a number, the first bare
+    `Input:` and `Output:` lines count. "Response:" means "Output:" if no "Output:" occurs. A JSON list of objects with
+    `instruction` and `output` is read as such.
 
     Args:
         text: The model's answer after the prompt's last `{first_number}. Instruction:`.
@@ -73,6 +78,8 @@ def parse_tasks(text: str, first_number: int, truncated: bool = False) -> list[P
     text = _THOUGHT.sub("", text)
     if not text.strip():
         return []
+    if (found := _JSON_LIST.match(text)) and (tasks := _read_json(found["list"], truncated)):
+        return tasks
     pattern = _NUMBERED if _NUMBERED.search(text) else _UNNUMBERED
     headings = _headings(text, pattern)
     has_separators = any(heading.separated for heading in headings)
@@ -100,6 +107,10 @@ def _headings(text: str, pattern: re.Pattern) -> list[_Heading]:
             end += len(bold)
         separated = bool(match["hashes"]) or text[: match.start()].rstrip().endswith("###")
         found.append(_Heading(match["number"], match["field"].lower(), match.start(), end, separated))
+    if any(heading.field == "output" for heading in found):
+        return [heading for heading in found if heading.field != "response"]
+    for heading in found:
+        heading.field = heading.field.replace("response", "output")
     return found
 
 
@@ -161,9 +172,37 @@ def _read_task(text: str, start: _Heading, inner: list[_Heading]) -> ParsedTask:
         own = [heading for heading in inner if heading.field != "instruction"]
         outputs = [heading for heading in own if heading.field == "output"]
         own = [heading for heading in own if heading.field == "input"][:1] + outputs[:1]
+    if not own:  # "4. Instruction:", and bare "Input:" and "Output:" below it
+        bare = [heading for heading in _headings(text, _UNNUMBERED) if heading.start >= start.end]
+        outputs = [heading for heading in bare if heading.field == "output"][:1]
+        inputs = [
+            heading for heading in bare if heading.field == "input" and outputs and heading.end <= outputs[0].start
+        ]
+        own = inputs[:1] + outputs
     if [heading.field for heading in own] not in (["input", "output"], ["output"]):
         return ParsedTask(text[start.end :].strip(), problem="malformed")
     edges = [start.end, *(edge for heading in own for edge in (heading.start, heading.end)), len(text)]
     fields = [text[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True)]
     instruction, task_input, output = fields if len(fields) == 3 else (fields[0], "", fields[1])
     return ParsedTask(instruction, "" if _NO_INPUT.match(task_input) else task_input, output)
+
+
+def _read_json(text: str, truncated: bool) -> list[ParsedTask]:
+    """Reads a JSON list of tasks, object by object; none if the objects are no tasks.
+
+    Example:
+        '[{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instr' -> one task, and one with a problem
+    """
+    tasks, position = [], 1
+    while match := re.compile(r"[\s,]*(?=\{)").match(text, position):
+        try:
+            found, position = json.JSONDecoder().raw_decode(text, match.end())
+        except (ValueError, RecursionError):
+            tasks.append(ParsedTask(text[match.end() :], problem="truncated" if truncated else "malformed"))
+            break
+        fields = [found.get("instruction"), found.get("input") or "", found.get("output", found.get("response"))]
+        if not all(isinstance(field, str) for field in fields):
+            return []
+        instruction, task_input, output = (field.strip() for field in fields)
+        tasks.append(ParsedTask(instruction, "" if _NO_INPUT.match(task_input) else task_input, output))
+    return tasks if any(not task.problem for task in tasks) else []

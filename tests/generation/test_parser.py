@@ -1,5 +1,6 @@
 """alpaca/generation/parser.py: what the original's rules find in well-formed answers, and most of what others hold."""
 
+import json
 import random
 import re
 
@@ -80,11 +81,53 @@ def test_an_answer_that_repeats_the_heading_is_understood(text):
         (r"(?<!#)###\n5\.", "\n1."),
         (r"4\. Input:\n<noinput>\n", ""),
         (r"5\. Input(.*)\n5\. Output", r"6. Input\1\n7. Output"),
+        (r"\d\. (Input|Output):", r"\1:"),
+        (r"\d\. (Input|Output):", r"**\1:**"),
+        (r"\d\. (Input|Output):", r"- \1:"),
+        (r"(\d)\. (\w+):", r"- \1. \2:"),
+        (r"(\d\. )Output:", r"\1Response:"),
+        (r"\d\. (Input|Output):", lambda match: f"* **{match[1].replace('Output', 'Response')}:**"),
     ],
 )
 def test_headings_may_be_written_and_numbered_otherwise(old, new):
     text = re.sub(old, new, "4. Instruction:" + GOOD, flags=re.DOTALL if "(.*)" in old else 0)
     assert parsed(text) == [("Name a prime.", "", "7"), ("Add.", "1 2", "3")]
+
+
+def test_the_first_bare_output_line_below_a_numbered_instruction_begins_the_output():
+    text = (
+        " Explain the form.\nInput:\nA form.\nOutput:\nIt has two boxes:\nInput: what goes in\nOutput: what comes out"
+    )
+    output = "It has two boxes:\nInput: what goes in\nOutput: what comes out"
+    assert parsed(text + "\n###\n5. Instruction: Add.\nOutput:\n3") == [
+        ("Explain the form.", "A form.", output),
+        ("Add.", "", "3"),
+    ]
+
+
+def test_a_response_line_inside_an_output_is_text():
+    assert parsed(GOOD.replace("\n7\n", "\nCall:\n4. Response: none\n"))[0][2] == "Call:\n4. Response: none"
+
+
+TASKS = [{"instruction": "Name a prime.", "input": "<noinput>", "output": "7"}]
+TASKS += [{"instruction": "Add.", "input": "1 2", "output": "3"}]
+
+
+@pytest.mark.parametrize("form", ["{}", "\n```json\n{}\n```\n", "\n```\n{}```"])
+def test_a_json_list_of_tasks_is_read(form):
+    assert parsed(form.format(json.dumps(TASKS, indent=1))) == [("Name a prime.", "", "7"), ("Add.", "1 2", "3")]
+
+
+def test_a_json_list_that_was_cut_gives_its_whole_tasks():
+    text = json.dumps(TASKS)
+    for cut in range(text.index("}") + 1, len(text) - 3):
+        assert parsed(text[:cut], truncated=True) == [("Name a prime.", "", "7")]
+    assert [task.problem for task in parse_tasks(text[:-9], 4, truncated=True)] == [None, "truncated"]
+
+
+@pytest.mark.parametrize("start", ['[{"a": 1}] is JSON. What is a?', "[1, 2, 3] and [4]: which is longer?"])
+def test_an_instruction_that_begins_with_json_is_an_instruction(start):
+    assert parsed(f" {start}\n4. Input:\n<noinput>\n4. Output:\n7") == [(start, "", "7")]
 
 
 def test_headings_are_matched_at_line_starts_only():
