@@ -4,22 +4,30 @@
     python -m benchmarks.data_quality measure --data_path alpaca_data.json --compare OTHER.json
     python -m benchmarks.data_quality measure --data_path alpaca_data.json --recording recordings/completions.jsonl \
         --update DATA.md
+    python -m benchmarks.data_quality check --recording recordings/next/completions.jsonl \
+        --checks recordings/next/checks.jsonl
 
 Two data sets are compared at equal size, because a larger one has more pairs and closer neighbours by its size alone:
 20 random samples of the larger set, each as large as the smaller one, are measured and averaged.
 """
 
 import functools
+import json
 import os
 import random
+import re
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 
 from alpaca.analysis.root_verbs import parse_by_rules
 from alpaca.cli import UserError, run_cli
 from alpaca.files import atomic_write, jdump
 from alpaca.generation.config import Config
 from alpaca.generation.dedup import RougePool
+from alpaca.generation.parser import ParsedTask, parse_tasks
 from alpaca.records import load_examples, load_records
 from benchmarks.provenance import provenance
 from generate_instruction import find_objection, load_seed_tasks, start_harvest
@@ -223,5 +231,65 @@ def measure(
         update_tables(update, tables)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks of single answers
+
+RUNNERS = {"python": [sys.executable, "-"], "javascript": ["node", "-"], "bash": ["bash", "-n"]}
+_FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def check(recording: str, checks: str) -> None:
+    """Runs what can be run in the answers of a recording: their code blocks, and the program written to check each one.
+
+    Args:
+        recording: Recorded completions.
+        checks: JSON Lines with `instruction`, `kind` and perhaps `check`, a Python program that fails if the answer is
+            wrong. It sees the strings INSTRUCTION, INPUT and OUTPUT.
+    """
+    programs = {record["instruction"]: record for _, record in load_records(checks)}
+    tasks = [task for _, record in load_records(recording) for task in parse_tasks(record["text"], 4)]
+    problems, ran, unchecked = [], 0, 0
+    for task in tasks:
+        found, runs = check_task(task, programs.get(task.instruction, {}).get("check"))
+        problems += found
+        ran += runs
+        unchecked += not runs
+    print(f"{len(tasks)} answers: {ran} programs and code blocks ran, {len(problems)} problem(s)")
+    print(f"{unchecked} answers have nothing to run; a reader alone has checked them")
+    if problems:
+        raise UserError("; ".join(problems[:5]))
+
+
+def check_task(task: ParsedTask, program: str | None) -> tuple[list[str], int]:
+    """Runs the code blocks of one answer and its check; gives what went wrong, and how many ran.
+
+    Python and JavaScript run to their end, bash is only parsed, JSON is read.
+    """
+    problems = [f"{task.instruction[:60]!r} is {task.problem}"] if task.problem else []
+    names = {"INSTRUCTION": task.instruction, "INPUT": task.input, "OUTPUT": task.output}
+    jobs = [("python", "".join(f"{k} = {v!r}\n" for k, v in names.items()) + program)] if program else []
+    jobs += [(language, code) for language, code in _FENCED.findall(task.output) if language in (*RUNNERS, "json")]
+    jobs = [(language, code) for language, code in jobs if language == "json" or shutil.which(RUNNERS[language][0])]
+    for language, code in jobs:
+        if complaint := _run_block(language, code):
+            problems.append(f"{task.instruction[:60]!r}, {language}: {complaint}")
+    return problems, len(jobs)
+
+
+def _run_block(language: str, code: str) -> str:
+    if language == "json":
+        try:
+            json.loads(code)
+        except ValueError as error:
+            return str(error)
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(RUNNERS[language], input=code, cwd=folder, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            return "still running after 60 s"
+    return done.stderr.strip().splitlines()[-1] if done.returncode and done.stderr.strip() else ""
+
+
 if __name__ == "__main__":
-    run_cli({"measure": measure})
+    run_cli({"measure": measure, "check": check})
