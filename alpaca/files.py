@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
@@ -15,6 +16,9 @@ from alpaca.cli import UserError
 # Half of a surrogate pair, such as "\ud83d" without the "\ude00" that would make it an emoji. JSON and a command line
 # can hold one, UTF-8 cannot.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# JSON may be nested no deeper. Python gives up near 1,000 levels, but sooner where the stack is full already, and some
+# of what reads well can't be printed or written again.
+MAX_JSON_DEPTH = 100
 
 
 @contextlib.contextmanager
@@ -141,7 +145,7 @@ def jload(f: str | os.PathLike | IO, mode: str = "r") -> Any:
     """Reads one JSON value from a path or an open file, which is closed afterwards.
 
     Raises:
-        UserError: The file is missing, not UTF-8 or not JSON. The message names file, line and column.
+        UserError: The file is missing, or `parse_json` refuses its text. The message names file, line and column.
     """
     name = getattr(f, "name", "the open file") if hasattr(f, "read") else f
     return parse_json(read_text(f, mode), name)
@@ -165,19 +169,50 @@ def read_text(f: str | os.PathLike | IO, mode: str = "r") -> str:
         raise UserError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
-def parse_json(text: str, name: str | os.PathLike, first_line: int = 1) -> Any:
-    """Parses one JSON value.
+def parse_json(text: str | bytes, name: str | os.PathLike, first_line: int = 1) -> Any:
+    """Parses one JSON value. Everything that reads JSON from outside calls this.
+
+    Like Python's reader and writer it takes NaN and Infinity, which a trainer's state may hold.
 
     Args:
-        text: The value.
+        text: The value. Bytes are UTF-8.
         name: The file it comes from, for the message.
         first_line: The line of the file that the text starts on.
 
     Raises:
-        UserError: The text is not JSON. The message names file, line and column.
+        UserError: The text is not UTF-8 or not JSON, is nested too deeply, or has an integer of more digits than Python
+            reads. The message names file, line and, where it is known, column.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text.decode() if isinstance(text, bytes) else text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{name}, line {line}, column {error.colno}: not JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}, line {first_line}: not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:  # from int()
+        limit = sys.get_int_max_str_digits()
+        raise UserError(f"{name}, {_lines(text, first_line)}: an integer of more than {limit:,} digits") from error
+    except RecursionError as error:
+        raise _too_deep(text, name, first_line) from error
+    if _is_deeper(value, MAX_JSON_DEPTH):
+        raise _too_deep(text, name, first_line)
+    return value
+
+
+def _too_deep(text: str | bytes, name: str | os.PathLike, first_line: int) -> UserError:
+    return UserError(f"{name}, {_lines(text, first_line)}: JSON nested more than {MAX_JSON_DEPTH} levels deep")
+
+
+def _lines(text: str | bytes, first: int) -> str:
+    last = first + text.strip().count(b"\n" if isinstance(text, bytes) else "\n")
+    return f"line {first}" if first == last else f"lines {first} to {last}"
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """True if lists and objects are nested more than `depth` deep. `[[1], {"a": 2}]` has depth 2."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(depth):
+        children = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [child for items in children for child in items if isinstance(child, (dict, list))]
+    return bool(level)

@@ -20,7 +20,7 @@ from math import prod
 import numpy as np
 
 from alpaca.cli import UserError
-from alpaca.files import jload
+from alpaca.files import jload, parse_json
 
 INDEX = "model.safetensors.index.json"
 PART = ".part"  # ends the name of a weights file while it is being written, so that nothing loads it as a model
@@ -90,10 +90,7 @@ class Checkpoint:
     def config(self) -> dict:
         """config.json, parsed."""
         path = os.path.join(self.folder, "config.json")
-        try:
-            config = json.loads(self.config_text.removeprefix("\ufeff"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
+        config = parse_json(self.config_text.removeprefix("\ufeff"), path)
         if not isinstance(config, dict):
             raise UserError(f"{path} is not a JSON object; expected a model's configuration")
         return config
