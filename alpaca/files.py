@@ -169,7 +169,7 @@ def read_text(f: str | os.PathLike | IO, mode: str = "r") -> str:
         raise UserError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
-def parse_json(text: str | bytes, name: str | os.PathLike, first_line: int = 1) -> Any:
+def parse_json(text: str | bytes, name: str | os.PathLike, first_line: int = 1, *, unique_keys: bool = False) -> Any:
     """Parses one JSON value. Everything that reads JSON from outside calls this.
 
     Like Python's reader and writer it takes NaN and Infinity, which a trainer's state may hold.
@@ -178,18 +178,22 @@ def parse_json(text: str | bytes, name: str | os.PathLike, first_line: int = 1) 
         text: The value. Bytes are UTF-8.
         name: The file it comes from, for the message.
         first_line: The line of the file that the text starts on.
+        unique_keys: Whether to refuse an object that has a key twice; otherwise the last one counts.
 
     Raises:
         UserError: The text is not UTF-8 or not JSON, is nested too deeply, or has an integer of more digits than Python
             reads. The message names file, line and, where it is known, column.
     """
     try:
-        value = json.loads(text.decode() if isinstance(text, bytes) else text)
+        text = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{name}, line {line}, column {error.colno}: not JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name}, line {first_line}: not UTF-8 text (byte {error.start})") from error
+    except _DuplicateKey as error:
+        raise UserError(f"{name}, {_lines(text, first_line)}: the key {error} is there twice") from error
     except ValueError as error:  # from int()
         limit = sys.get_int_max_str_digits()
         raise UserError(f"{name}, {_lines(text, first_line)}: an integer of more than {limit:,} digits") from error
@@ -200,12 +204,24 @@ def parse_json(text: str | bytes, name: str | os.PathLike, first_line: int = 1) 
     return value
 
 
-def _too_deep(text: str | bytes, name: str | os.PathLike, first_line: int) -> UserError:
+class _DuplicateKey(Exception):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKey(f"{next(key for key in keys if keys.count(key) > 1)!r:.60}")
+    return found
+
+
+def _too_deep(text: str, name: str | os.PathLike, first_line: int) -> UserError:
     return UserError(f"{name}, {_lines(text, first_line)}: JSON nested more than {MAX_JSON_DEPTH} levels deep")
 
 
-def _lines(text: str | bytes, first: int) -> str:
-    last = first + text.strip().count(b"\n" if isinstance(text, bytes) else "\n")
+def _lines(text: str, first: int) -> str:
+    last = first + text.strip().count("\n")
     return f"line {first}" if first == last else f"lines {first} to {last}"
 
 
