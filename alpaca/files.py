@@ -97,8 +97,11 @@ def lock(descriptor: int, path: str, flag: str) -> None:
 
 
 def size_text(size: float) -> str:
-    """Formats a number of bytes for people: 1.5 GiB, 12.0 MiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+    """Formats a number of bytes for people: 1.5 GiB, 12.0 MiB, 3.2 KiB, 7 bytes."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit / 10:
+            return f"{size / unit:.1f} {name}"
+    return f"{size:.0f} bytes"
 
 
 def nearest_existing(path: str) -> str:

@@ -12,7 +12,7 @@ import tempfile
 import pytest
 
 from alpaca.cli import UserError
-from alpaca.files import atomic_write, jdump, jload, parse_json
+from alpaca.files import atomic_write, jdump, jload, parse_json, size_text
 
 VALUE = {"text": "naïve — 雨 🌧 \u2028", "list": [1, 2.5, None, True], "empty": {}}
 
@@ -154,3 +154,11 @@ def test_a_line_of_many_is_named_by_its_number():
         with pytest.raises(UserError, match=r"^data.jsonl, line 7\b.*") as refusal:
             parse_json(damage, "data.jsonl", 7)
         assert len(str(refusal.value)) < 120
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (102, "102 bytes"), (103, "0.1 KiB"), (1 << 20, "1.0 MiB"), (2 << 30, "2.0 GiB")],
+)
+def test_a_size_never_rounds_to_zero(size, text):
+    assert size_text(size) == text
