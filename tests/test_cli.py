@@ -189,8 +189,8 @@ def test_every_flag_of_the_scripts_that_names_a_file_or_folder_has_its_home_expa
         if str in get_args(parameter.annotation) or parameter.annotation is str
     }
     assert {name for name in names if expand_home(name, "~") == "/home/ada"} == {
-        "a", "b", "compare", "data", "data_path", "journal_path", "model_path", "output", "output_dir", "output_path", "path",
-        "path_diff", "path_raw", "path_tuned", "prompt_path", "seed_tasks_path",
+        "a", "b", "compare", "data", "data_path", "journal_path", "model_path", "output", "output_dir", "output_path",
+        "path", "path_diff", "path_raw", "path_tuned", "prompt_path", "seed_tasks_path",
     }  # fmt: skip
 
 

@@ -19,6 +19,8 @@ from alpaca.weight_diff.corrections import CORRECTIONS
 MANIFEST = "weight_diff.json"
 # What a model's folder holds beside weights: generation config, tokenizer, chat template.
 _SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+# In a folder that isn't finished: the first file to be written and the last to be removed.
+MARKER = "weight_diff.unfinished"
 _NOT_COPIED = ("config.json", "trainer_state.json", MANIFEST)
 
 
@@ -73,11 +75,23 @@ def finish_model(
     _write_manifest(output, {"kind": "recovered", "tensors": entries})
 
 
+def small_files(folder: str) -> list[str]:
+    """Lists the files to copy beside the weights: tokenizer, chat template, generation config.
+
+    Raises:
+        UserError: One of them can't be copied: a link to nothing, a folder, a pipe, a file that may not be read.
+    """
+    names = [n for n in sorted(os.listdir(folder)) if n.endswith(_SMALL_FILES) and not n.endswith(".index.json")]
+    for name in names:
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path) or not os.access(path, os.R_OK):
+            raise UserError(f"{path} is not a readable file (a link to nothing, or a folder?); restore or remove it")
+    return [name for name in names if name not in _NOT_COPIED]
+
+
 def _copy_small_files(source: str, target: str) -> None:
-    """Copies tokenizer, chat template and generation config."""
-    for name in sorted(os.listdir(source)):
-        if name.endswith(_SMALL_FILES) and name not in _NOT_COPIED and not name.endswith(".index.json"):
-            shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+    for name in small_files(source):
+        shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
 
 
 def _write_index(output: Output, carried: str | None) -> None:
@@ -151,6 +165,27 @@ def differing_files(folder: str, manifest: dict[str, Any]) -> list[str]:
         for name, (hash_of, sha256) in expected.items()
         if not os.path.isfile(paths[name]) or hash_of(paths[name]) != sha256
     ]
+
+
+def not_ours(folder: str) -> str | None:
+    """Says what is in a folder that this script did not write, or None if it wrote all of it.
+
+    The proof is the folder's own manifest: it names every file, and the hash of all but the weights.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return str(error).split(";")[0]
+    if manifest is None:
+        return f"it has no manifest ({MANIFEST})"
+    known = {MANIFEST, MARKER, *manifest["files"], *manifest["headers"]}
+    entries = {entry.name: entry for entry in os.scandir(folder)}
+    strange = sorted(n for n, e in entries.items() if n not in known or not e.is_file(follow_symlinks=False))
+    changed = sorted(set(differing_files(folder, manifest)) & entries.keys())
+    for names, what in ((strange, "it also holds"), (changed, "it has other contents in")):
+        if names:
+            return f"{what} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return None
 
 
 def _fingerprint(entries: dict[str, dict]) -> str:
