@@ -337,7 +337,7 @@ def holds(folder, wanted) -> bool:
 
 @pytest.mark.parametrize("killed_at", ["writing", "renaming", "clearing"])
 def test_after_a_kill_a_run_that_fits_on_the_disk_is_not_refused(pair, tmp_path, monkeypatch, killed_at):
-    """The disk holds the old model, the new one and the reserve, and no more; what the killed run left is in the way."""
+    """The disk holds the old model, the new one and the reserve, and no more; what the killed run left adds nothing."""
     raw, tuned, diff = pair
     out = tmp_path / "out"
     weight_diff.recover(raw, diff, str(out), test_inference=False)
