@@ -7,20 +7,19 @@ r"""Finds the tasks in a completion: those that the original's rules find, and t
 import re
 from dataclasses import dataclass
 
-_FIELD = r"(?P<field>Instruction|Input|Output|INSTRUCTION|INPUT|OUTPUT)[ \t]*(?P<closing>\*\*|__)?[ \t]*:"
+# Each run of blanks has one place in these patterns: with two, a line of blanks would be tried in every split of them.
+_FIELD = r"(?P<field>Instruction|Input|Output|INSTRUCTION|INPUT|OUTPUT)(?:[ \t]*(?P<closing>\*\*|__))?[ \t]*:"
+_START = r"^[ \t>]*(?:(?P<hashes>#{1,6})[ \t]*)?(?P<opening>\*\*|__)?"
 # "4. Instruction:", "**4. Input:**", "4) **Output**:", "### 4. Instruction:", "Task 4 - Input:"; only at line starts.
 _NUMBERED = re.compile(
-    r"^[ \t>]*(?P<hashes>#{1,6})?[ \t]*(?P<opening>\*\*|__)?(?:Task[ \t]+)?"
-    rf"(?P<number>\d+)[ \t]*[.):-]?[ \t]*(?P<inner>\*\*|__)?{_FIELD}",
-    re.MULTILINE,
+    rf"{_START}(?:Task[ \t]+)?(?P<number>\d{{1,9}})(?:[ \t]*[.):-])?[ \t]*(?P<inner>\*\*|__)?{_FIELD}", re.MULTILINE
 )
-_UNNUMBERED = re.compile(
-    rf"^[ \t>]*(?P<hashes>#{{1,6}})?[ \t]*(?P<opening>\*\*|__)?(?P<number>)(?P<inner>){_FIELD}", re.MULTILINE
-)
+_UNNUMBERED = re.compile(rf"{_START}(?P<number>)(?P<inner>){_FIELD}", re.MULTILINE)
 # For answers without any number: "Instruction:", "**Input:**", "### Output:".
 _SEPARATOR = re.compile(r"^[ \t]*#{3,}[ \t]*$", re.MULTILINE)
 # The start of a heading at which an answer was cut: "", "5", "5. Instr", "**5. In".
-_HALF_A_HEADING = re.compile(r"\s*(\*\*)?(\d+[.)]?)?\s*(\*\*)?\w{0,11}\s*\Z")
+_GAP = r"\s*(?=\S|\Z)"  # all the blanks there are
+_HALF_A_HEADING = re.compile(rf"{_GAP}(?:(?:\*\*)?\d{{1,9}}[.)]?{_GAP}|\*\*{_GAP})?(?:\*\*)?\w{{0,11}}\s*\Z")
 _NO_INPUT = re.compile(
     r"[<(\[]?\s*(no[ _-]?input( (is )?(needed|required|provided|necessary))?|n/?a|none)\s*[>)\]]?\.?\Z", re.IGNORECASE
 )

@@ -251,8 +251,10 @@ def read_header(path: str) -> tuple[list[Tensor], dict | None]:
 
 def _check_metadata(metadata: Any) -> None:
     """Checks a header's `__metadata__`: absent, or texts by name."""
-    texts = [text for item in metadata.items() for text in item] if isinstance(metadata, dict) else [metadata]
-    if metadata is not None and not all(isinstance(text, str) and not LONE_SURROGATE.search(text) for text in texts):
+    if metadata is None:
+        return
+    texts = [text for item in metadata.items() for text in item] if isinstance(metadata, dict) else [None]
+    if not all(isinstance(text, str) and not LONE_SURROGATE.search(text) for text in texts):
         raise UserError("__metadata__ does not map texts to texts")
 
 
