@@ -171,14 +171,22 @@ def read_checkpoint(folder: str) -> Checkpoint:
         if os.path.exists(os.path.join(folder, single)):
             return _read_files(folder, {}, [single], read)
         if os.path.exists(index):
-            promised = _read_weight_map(index)
+            promised = parse_weight_map(read_text(index), index)
             return _read_files(folder, promised, sorted(set(promised.values())), read)
     raise UserError(f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin and no index of shards")
 
 
-def _read_weight_map(index: str) -> dict[str, str]:
-    """Reads which file of a sharded checkpoint holds which tensor."""
-    found = parse_json(read_text(index), index, unique_keys=True)
+def parse_weight_map(text: str, index: str) -> dict[str, str]:
+    """Reads from an index which file of a sharded checkpoint holds which tensor.
+
+    Args:
+        text: The index.
+        index: Its path, for the message.
+
+    Raises:
+        UserError: The text is no index, or names files of other folders.
+    """
+    found = parse_json(text, index, unique_keys=True)
     promised = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(promised, dict) or not promised or not all(isinstance(f, str) for f in promised.values()):
         raise UserError(f"{index} has no weight_map; download it again")
