@@ -190,7 +190,9 @@ def plot(
         compare: A second data set, drawn beside the first.
         spacy_model: The name of an installed spaCy pipeline to parse with instead of the rules.
     """
-    output_path = re.sub(r"\.(png|svg)$", "", output_path)
+    stem = re.sub(r"\.(png|svg)$", "", output_path)
+    if not os.path.basename(stem):
+        raise UserError(f"--output_path {output_path!r} names no file; expected a path such as assets/parse_analysis")
     parse = spacy_parser(spacy_model) if spacy_model else parse_by_rules
     data_sets = []
     for path in [data_path, compare] if compare else [data_path]:
@@ -199,7 +201,7 @@ def plot(
         data_sets.append(measure_diversity(name, (example["instruction"] for example in examples), parse))
         if not data_sets[-1].pairs:
             raise UserError(f"{path}: no instruction has a root verb with a direct object; is it English?")
-    paths = draw(data_sets, output_path)
+    paths = draw(data_sets, stem)
     for found in data_sets:
         print(f"{found.name}\n{_table(found)}\n")
     print(_summary(data_sets))

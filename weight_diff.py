@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from alpaca.cli import UserError, run_cli
+from alpaca.files import size_text
 from alpaca.models import host_memory, load_model
 from alpaca.prompts import format_prompt
 from alpaca.tokenizers import load_tokenizer
 from alpaca.weight_diff.checkpoint_files import SAFETENSORS_DTYPES, Checkpoint, plan_output_like, read_checkpoint
 from alpaca.weight_diff.corrections import CORRECTIONS, CorrectionSpool, read_corrections
 from alpaca.weight_diff.delta import add_tensor, sha256_of, subtract_tensor
-from alpaca.weight_diff.manifest import MANIFEST, differing_files, finish_diff, finish_model, read_manifest
+from alpaca.weight_diff.manifest import MANIFEST, differing_files, finish_diff, finish_model, read_manifest, small_files
 from alpaca.weight_diff.pairing import (
     bytes_to_read,
     check_base,
@@ -51,7 +52,7 @@ def make_diff(path_raw: str, path_tuned: str, path_diff: str, device: str = "cpu
         path_tuned: Folder of the tuned model.
         path_diff: Folder to write.
         device: Accepted as in the original and not used: the disk sets the pace.
-        overwrite: Replace `path_diff` if it exists, once the new diff is whole.
+        overwrite: Replace `path_diff`, if this script wrote all of it, once the new diff is whole.
 
     Raises:
         UserError: The two don't belong together, a file is damaged, the target exists or the disk is too small.
@@ -59,6 +60,7 @@ def make_diff(path_raw: str, path_tuned: str, path_diff: str, device: str = "cpu
     work = PartialFolder(path_diff, "--path_diff", [path_raw, path_tuned], overwrite)
     raw, tuned = read_model(path_raw, "--path_raw"), read_model(path_tuned, "--path_tuned")
     pairs, copies = match_tensors(raw, tuned), tied_copies(tuned)
+    small_files(path_tuned)  # refuses what can't be copied, before hours of arithmetic
     with work.writing(), CorrectionSpool(work.folder) as spool:
         output = plan_output_like(tuned, work.folder, copies=copies)
         work.create(output)
@@ -97,7 +99,7 @@ def recover(
         test_inference: Answer one instruction with the recovered model, if it fits in memory.
         check_integrity_naively: For a diff without a manifest, sum all elements and compare with alpaca-7b's figure.
         dtype: Type of the recovered weights: float32, float16 or bfloat16; the diff's own when None.
-        overwrite: Replace `path_tuned` if it exists, once the new model is whole.
+        overwrite: Replace `path_tuned`, if this script wrote all of it, once the new model is whole.
 
     Returns:
         The recovered folder. Unpacked, `model, tokenizer = recover(...)`, it is the loaded model and its tokenizer.
@@ -128,6 +130,7 @@ def _write_tuned(
     work = PartialFolder(path_tuned, "--path_tuned", [path_raw, path_diff], overwrite)
     raw, (diff, manifest) = read_model(path_raw, "--path_raw"), read_diff(path_diff)
     pairs = match_tensors(raw, diff)
+    small_files(path_diff)
     times = dict.fromkeys(pairs, 1)  # how often the base is added
     if manifest:
         check_base(raw, pairs, manifest)
@@ -204,7 +207,7 @@ class Recovered:
             return f"{self.path} has no tokenizer"
         size, free = sum(file.stat().st_size for file in files), host_memory()
         if size * 1.2 > free:
-            return f"the model takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free"
+            return f"the model needs {size_text(size * 1.2)} of memory, {size_text(free)} are free"
         return None
 
 
@@ -253,7 +256,7 @@ def info(path_diff: str) -> None:
     size = sum(tensor.nbytes for tensor in diff.tensors.values())
     dtypes = {tensor.dtype for tensor in diff.tensors.values()}
     types = ", ".join(name for name, kind in SAFETENSORS_DTYPES.items() if kind in dtypes)
-    print(f"holds: {len(diff.tensors)} tensors, {size / 1e9:.3f} GB in {types}; {diff.looks_like}")
+    print(f"holds: {len(diff.tensors)} tensors, {size_text(size)} in {types}; {diff.looks_like}")
     if not manifest:
         print(f"no manifest: made by another tool; base, corrections and hashes are unknown, it has {diff.rows:,} rows")
         return
@@ -267,7 +270,7 @@ def info(path_diff: str) -> None:
     }
     print("adds: " + (", ".join(f"{count} row(s) to {name}" for name, count in added.items()) or "no rows"))
     count = sum(entry["corrections"] for entry in entries.values())
-    print(f"corrections: {count:,} elements, {os.path.getsize(os.path.join(path_diff, CORRECTIONS)) / 1e6:.1f} MB")
+    print(f"corrections: {count:,} elements, {size_text(os.path.getsize(os.path.join(path_diff, CORRECTIONS)))}")
     print(f"made with: {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}")
 
 

@@ -11,9 +11,45 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, get_args
 
+# A flag with one of these words in its name names a file or folder: in its value, a leading ~ is the home folder.
+# (a and b are the two files of `inference.py compare`.)
+_PATH_WORDS = {"path", "dir", "data", "output", "compare", "a", "b"}
+
 
 class UserError(Exception):
     """A user's mistake. The message is one line: what was found, what was expected, what to do next."""
+
+
+def printable(text: str) -> str:
+    r"""Escapes what a terminal would obey rather than show: line ends, escape sequences, reversed writing.
+
+    Messages quote file names, servers and data, so any of these may stand in one.
+
+    Example:
+        "a\x1b[2Jb\n" -> r"a\x1b[2Jb\n"
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def steady_streams() -> None:
+    """Makes stdin, stdout and stderr usable whatever the caller has done to them.
+
+    A character that stdout or stderr can't encode is escaped, because an emoji must not end a run under
+    PYTHONIOENCODING=latin-1. A stream that was closed (`>&-`) becomes /dev/null. Otherwise the next file to be opened
+    would take its number, and what a C library prints would land in that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest free number
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+        if number and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> None:
@@ -32,6 +68,7 @@ def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> Non
         SystemExit: Status 2, with one line on stderr, for a user's mistake or a file that can't be read or written;
             130 after Ctrl-C and 141 after a broken pipe, the statuses that shells use.
     """
+    steady_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         asks_help = {"-h", "--help"} & set(argv)
@@ -46,7 +83,7 @@ def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> Non
         commands[command](**_read_flags(commands[command], command, argv[1:]))
         print(end="", flush=True)  # a broken pipe shows up here rather than while Python exits
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2)
     except BrokenPipeError:  # the reader of stdout, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again as it exits
@@ -54,15 +91,15 @@ def run_cli(commands: dict[str, Callable], argv: list[str] | None = None) -> Non
     except OSError as error:
         if not error.strerror:  # raised by a library, not by the operating system
             raise
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def say(message: str) -> None:
-    """Prints a message to stderr, apart from the results on stdout."""
-    print(message, file=sys.stderr, flush=True)
+    """Prints a message of one line to stderr, apart from the results on stdout."""
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def _print_help(commands: dict[str, Callable], *command: str) -> NoReturn:
@@ -114,8 +151,11 @@ def _read_flags(function: Callable, command: str, arguments: list[str]) -> dict[
         if not flag.startswith("--"):
             raise UserError(f"unexpected argument {flag!r}; {command} takes its values by flags: {' '.join(flags)}")
         flag = "--" + flag[2:].replace("-", "_")
-        if flag.startswith("--no") and flag not in flags and "--" + flag[4:] in flags:
-            flag, has_value, value = "--" + flag[4:], True, "False"
+        positive = "--" + flag[4:] if flag.startswith("--no") and flag not in flags else ""
+        if positive in flags and _accepts(flags[positive], bool):
+            if has_value:
+                raise UserError(f"{flag} takes no value; write {positive}=VALUE")
+            flag, has_value, value = positive, True, "False"
         parameter = flags[_nearest(flag, flags, "flag")]
         if not has_value and waiting and not waiting[0].startswith("--") and waiting[0] not in shorts:
             value = waiting.pop(0)
@@ -138,7 +178,7 @@ def _accepts(parameter: inspect.Parameter, kind: type) -> bool:
 
 
 def _parse(text: str, parameter: inspect.Parameter) -> Any:
-    """Converts a flag's text to its parameter's type; str and unannotated parameters get the text as it is."""
+    """Converts a flag's text to its parameter's type; other parameters get the text, or the path, as it is."""
     if text == "None" and _accepts(parameter, type(None)):
         return None
     readers = {
@@ -151,9 +191,20 @@ def _parse(text: str, parameter: inspect.Parameter) -> Any:
         with contextlib.suppress(ValueError, KeyError):
             return readers[kind](text)
     if not expected or _accepts(parameter, str):
-        return text
+        return expand_home(parameter.name, text)
     names = {bool: "True or False", int: "a whole number", float: "a number"}
-    raise UserError(f"--{parameter.name} must be {' or '.join(names[kind] for kind in expected)}, found {text!r}")
+    raise UserError(f"--{parameter.name} must be {' or '.join(names[kind] for kind in expected)}, found {text!r:.80}")
+
+
+def expand_home(name: str, value: str) -> str:
+    """Puts the home folder for a leading ~ into the value of a flag that names a file or folder.
+
+    A shell does so for `--data_path ~/x`, but not for `--data_path=~/x` or a quoted value.
+
+    Example:
+        ("data_path", "~/data.json") -> "/home/ada/data.json", ("instruction", "~/data.json") -> "~/data.json"
+    """
+    return os.path.expanduser(value) if _PATH_WORDS & set(name.split("_")) else value
 
 
 def _finite(text: str) -> float:

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
@@ -15,6 +16,9 @@ from alpaca.cli import UserError
 # Half of a surrogate pair, such as "\ud83d" without the "\ude00" that would make it an emoji. JSON and a command line
 # can hold one, UTF-8 cannot.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# JSON may be nested no deeper. Python gives up near 1,000 levels, but sooner where the stack is full already, and some
+# of what reads well can't be printed or written again.
+MAX_JSON_DEPTH = 100
 
 
 @contextlib.contextmanager
@@ -93,8 +97,11 @@ def lock(descriptor: int, path: str, flag: str) -> None:
 
 
 def size_text(size: float) -> str:
-    """Formats a number of bytes for people: 1.5 GiB, 12.0 MiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+    """Formats a number of bytes for people: 1.5 GiB, 12.0 MiB, 3.2 KiB, 7 bytes."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit / 10:
+            return f"{size / unit:.1f} {name}"
+    return f"{size:.0f} bytes"
 
 
 def nearest_existing(path: str) -> str:
@@ -141,7 +148,7 @@ def jload(f: str | os.PathLike | IO, mode: str = "r") -> Any:
     """Reads one JSON value from a path or an open file, which is closed afterwards.
 
     Raises:
-        UserError: The file is missing, not UTF-8 or not JSON. The message names file, line and column.
+        UserError: The file is missing, or `parse_json` refuses its text. The message names file, line and column.
     """
     name = getattr(f, "name", "the open file") if hasattr(f, "read") else f
     return parse_json(read_text(f, mode), name)
@@ -165,19 +172,66 @@ def read_text(f: str | os.PathLike | IO, mode: str = "r") -> str:
         raise UserError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
-def parse_json(text: str, name: str | os.PathLike, first_line: int = 1) -> Any:
-    """Parses one JSON value.
+def parse_json(text: str | bytes, name: str | os.PathLike, first_line: int = 1, *, unique_keys: bool = False) -> Any:
+    """Parses one JSON value. Everything that reads JSON from outside calls this.
+
+    Like Python's reader and writer it takes NaN and Infinity, which a trainer's state may hold.
 
     Args:
-        text: The value.
+        text: The value. Bytes are UTF-8.
         name: The file it comes from, for the message.
         first_line: The line of the file that the text starts on.
+        unique_keys: Whether to refuse an object that has a key twice; otherwise the last one counts.
 
     Raises:
-        UserError: The text is not JSON. The message names file, line and column.
+        UserError: The text is not UTF-8 or not JSON, is nested too deeply, or has an integer of more digits than Python
+            reads. The message names file, line and, where it is known, column.
     """
     try:
-        return json.loads(text)
+        text = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{name}, line {line}, column {error.colno}: not JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}, line {first_line}: not UTF-8 text (byte {error.start})") from error
+    except _DuplicateKey as error:
+        raise UserError(f"{name}, {_lines(text, first_line)}: the key {error} is there twice") from error
+    except ValueError as error:  # from int()
+        limit = sys.get_int_max_str_digits()
+        raise UserError(f"{name}, {_lines(text, first_line)}: an integer of more than {limit:,} digits") from error
+    except RecursionError as error:
+        raise _too_deep(text, name, first_line) from error
+    if _is_deeper(value, MAX_JSON_DEPTH):
+        raise _too_deep(text, name, first_line)
+    return value
+
+
+class _DuplicateKey(Exception):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKey(f"{next(key for key in keys if keys.count(key) > 1)!r:.60}")
+    return found
+
+
+def _too_deep(text: str, name: str | os.PathLike, first_line: int) -> UserError:
+    return UserError(f"{name}, {_lines(text, first_line)}: JSON nested more than {MAX_JSON_DEPTH} levels deep")
+
+
+def _lines(text: str, first: int) -> str:
+    last = first + text.strip().count("\n")
+    return f"line {first}" if first == last else f"lines {first} to {last}"
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """True if lists and objects are nested more than `depth` deep. `[[1], {"a": 2}]` has depth 2."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(depth):
+        children = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [child for items in children for child in items if isinstance(child, (dict, list))]
+    return bool(level)

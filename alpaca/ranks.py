@@ -1,10 +1,9 @@
 """Several processes started by torchrun: which one prints, and how all of them stop on a user's mistake."""
 
 import os
-import sys
 import time
 
-from alpaca.cli import UserError
+from alpaca.cli import UserError, printable, say
 from alpaca.files import jdump
 
 
@@ -30,7 +29,10 @@ def refuse(error: UserError) -> None:
         SystemExit: Always.
     """
     if is_main():
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        jdump({"message": {"message": f"error: {error}", "extraInfo": {"timestamp": int(time.time())}}}, report)
+        jdump(
+            {"message": {"message": f"error: {printable(str(error))}", "extraInfo": {"timestamp": int(time.time())}}},
+            report,
+        )
     raise SystemExit(2)

@@ -1,13 +1,15 @@
 """Flags are checked before anything runs; a user's mistake is one line, a bug keeps its traceback."""
 
+import inspect
 import os
 import shlex
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
-from alpaca.cli import UserError, run_cli
+from alpaca.cli import UserError, expand_home, run_cli
 
 ran = []
 
@@ -79,6 +81,10 @@ def test_values_take_the_type_of_their_parameter(line, values, capsys):
         ("answer --instruction x --top_p high", "--top_p must be a number, found 'high'"),
         ("answer --instruction x --stream maybe", "--stream must be True or False, found 'maybe'"),
         ("answer --instruction x --instruction y", "--instruction is given twice"),
+        ("answer --instruction x --nostream=True", "--nostream takes no value; write --stream=VALUE"),
+        ("answer --noinstruction", "unknown flag --noinstruction; did you mean --instruction?"),
+        (f"answer --instruction x --num_beams {'9' * 5000}", "--num_beams must be a whole number, found '999"),
+        ("answer --instruction x --top_p 1e999", "--top_p must be a number, found '1e999'"),
     ],
 )
 def test_a_mistyped_line_is_refused_before_anything_runs(line, complaint, capsys):
@@ -150,3 +156,92 @@ def test_help_shows_what_can_be_typed_and_runs_nothing(line, capsys, monkeypatch
         assert "what is asked." in shown
         assert "POSITIONAL" not in shown
         assert "GROUP" not in shown
+
+
+def test_a_leading_tilde_is_the_home_folder_in_every_flag_that_names_a_file_or_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    got = {}
+
+    def command(data_path: str, path_raw: str, output_dir: str = "", data: str = "", instruction: str = "") -> None:
+        got.update(locals())
+
+    run_cli({"c": command}, ["c", "--data_path=~/a", "--path_raw", "~", "--output_dir=./~", "--instruction", "~/a"])
+    assert got["data_path"] == "/home/ada/a"
+    assert got["path_raw"] == "/home/ada"
+    assert got["output_dir"] == "./~"
+    assert got["instruction"] == "~/a"
+
+
+def test_every_flag_of_the_scripts_that_names_a_file_or_folder_has_its_home_expanded(monkeypatch):
+    import generate_instruction
+    import inference
+    import parse_analysis
+    import weight_diff
+
+    monkeypatch.setenv("HOME", "/home/ada")
+    commands = [generate_instruction.generate_instruction_following_data, generate_instruction.replay]
+    commands += [inference.answer, inference.chat, inference.batch, inference.demo, inference.compare]
+    commands += [parse_analysis.plot, weight_diff.make_diff, weight_diff.recover, weight_diff.verify, weight_diff.info]
+    parameters = {p.name: p for command in commands for p in inspect.signature(command).parameters.values()}
+    names = {
+        name
+        for name, parameter in parameters.items()
+        if str in get_args(parameter.annotation) or parameter.annotation is str
+    }
+    assert {name for name in names if expand_home(name, "~") == "/home/ada"} == {
+        "a", "b", "compare", "data", "data_path", "journal_path", "model_path", "output", "output_dir", "output_path",
+        "path", "path_diff", "path_raw", "path_tuned", "prompt_path", "seed_tasks_path",
+    }  # fmt: skip
+
+
+def test_what_a_terminal_would_obey_is_escaped_in_every_error(capsys):
+    server = "\x1b[2J\x1b]0;title\x07 said\r\nno\u202e"
+
+    def fail(kind: str) -> None:
+        raise UserError(server) if kind == "user" else FileNotFoundError(2, "No such file", server)
+
+    for kind in ("user", "os"):
+        with pytest.raises(SystemExit):
+            run_cli({"fail": fail}, ["fail", "--kind", kind])
+        err = capsys.readouterr().err
+        assert r"\x1b[2J\x1b]0;title\x07 said\r\nno\u202e" in err
+        assert err.count("\n") == 1
+        assert "\x1b" not in err
+    with pytest.raises(SystemExit):
+        run_cli({"fail": fail}, ["\x1b[31mfail"])
+    assert "\x1b" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_a_character_that_the_terminal_lacks_is_escaped_and_ends_nothing(root, encoding):
+    program = (
+        "from alpaca import cli\n"
+        "def say():\n    print('é 😀 \\ud83d'); cli.say('é 😀'); raise cli.UserError('😀')\n"
+        "cli.run_cli({'say': say})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "say"],
+        cwd=root,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    shown = "é 😀 \ud83d\n".encode(encoding, "backslashreplace")
+    assert (done.returncode, done.stdout) == (2, shown)
+    assert done.stderr == "é 😀\nerror: 😀\n".encode(encoding, "backslashreplace")
+
+
+def test_a_file_never_takes_the_place_of_a_closed_stream(root, tmp_path):
+    """Without stdout the next open file would be number 1, and libraries in C would print into it."""
+    program = (
+        "import os, sys\nfrom alpaca import cli\n"
+        "def write():\n"
+        "    with open(sys.argv[2], 'w') as file:\n"
+        "        os.write(1, b'noise'); os.write(2, b'noise'); print('word'); cli.say('word')\n"
+        "        try:\n            input()\n"
+        "        except EOFError:\n            file.write(f'whole {file.fileno() > 2}')\n"
+        "cli.run_cli({'write': write}, ['write'])"
+    )
+    path = tmp_path / "file"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} write {path} <&- >&- 2>&-"
+    assert subprocess.run(command, shell=True, cwd=root).returncode == 0
+    assert path.read_text() == "whole True"

@@ -218,3 +218,19 @@ def test_differences_have_a_table_for_every_script():
         assert part.count("\n|") >= 3, f"no table under {part.splitlines()[0]!r}"
     scripts = re.findall(r"^## (\w+\.py)$", read("DIFFERENCES.md"), re.MULTILINE)
     assert scripts == ["generate_instruction.py", "train.py", "weight_diff.py"]
+
+
+def test_every_test_that_the_table_of_faults_names_exists():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", read("docs/reliability.md"))
+    rows = [line for line in read("docs/reliability.md").splitlines() if re.match(r"\| (?!fault)", line)]
+    assert len(named) == len(rows) > 40
+    for path, name in named:
+        assert f"\ndef {name}(" in "\n" + read(path), f"{path} has no {name}"
+
+
+def test_the_table_of_faults_counts_the_generated_cases():
+    counts = re.findall(r"@cases\((\d+)\)(?:\n@.*)*\ndef (test_\w+)", read("tests/test_damage.py"))
+    rows = read("docs/reliability.md").splitlines()
+    assert len(counts) == 6
+    for count, name in counts:
+        assert any(row.startswith(f"| {int(count):,} ") and f"::{name}`" in row for row in rows), name

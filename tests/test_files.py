@@ -12,7 +12,7 @@ import tempfile
 import pytest
 
 from alpaca.cli import UserError
-from alpaca.files import atomic_write, jdump, jload
+from alpaca.files import atomic_write, jdump, jload, parse_json, size_text
 
 VALUE = {"text": "naïve — 雨 🌧 \u2028", "list": [1, 2.5, None, True], "empty": {}}
 
@@ -127,6 +127,10 @@ def test_links_are_followed_and_pipes_written_to(tmp_path):
         (b"", "line 1, column 1: not JSON"),
         (b'{"a": 1,\n "b": }', "line 2, column 7: not JSON"),
         (b'["caf\xe9"]', "not UTF-8 text .byte 5"),
+        (b"[" * 100_000, ", line 1: JSON nested more than 100 levels deep"),
+        (b'{"a":' * 101 + b"1" + b"}" * 101, ", line 1: JSON nested more than 100 levels deep"),
+        (b"[\n" * 101 + b"]" * 101, ", lines 1 to 102: JSON nested more than 100 levels deep"),
+        (b'{"n": [1,\n-' + b"7" * 5000 + b"]}", ", lines 1 to 2: an integer of more than 4,300 digits"),
     ],
 )
 def test_jload_refuses_what_is_no_json(content, complaint, tmp_path):
@@ -136,3 +140,25 @@ def test_jload_refuses_what_is_no_json(content, complaint, tmp_path):
     with pytest.raises(UserError, match=complaint) as refusal:
         jload(path)
     assert str(path) in str(refusal.value)
+
+
+def test_json_may_be_nested_100_levels_deep():
+    value = parse_json("[" * 100 + "]" * 100, "name")
+    for _ in range(99):
+        [value] = value
+    assert value == []
+
+
+def test_a_line_of_many_is_named_by_its_number():
+    for damage in ("[" * 10**5, "9" * 5000, "[1,", b'"\xff"', b"\xff\xfe1\x00"):
+        with pytest.raises(UserError, match=r"^data.jsonl, line 7\b.*") as refusal:
+            parse_json(damage, "data.jsonl", 7)
+        assert len(str(refusal.value)) < 120
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (102, "102 bytes"), (103, "0.1 KiB"), (1 << 20, "1.0 MiB"), (2 << 30, "2.0 GiB")],
+)
+def test_a_size_never_rounds_to_zero(size, text):
+    assert size_text(size) == text

@@ -217,3 +217,11 @@ def test_mistyped_flag_is_refused_with_the_nearest_name(root, data_path):
     done = _run(root, "plot", "--data_path", data_path, "--comapre", "x.json")
     assert done.returncode == 2
     assert done.stderr == "error: unknown flag --comapre; did you mean --compare?\n"
+
+
+@pytest.mark.parametrize("output_path", ["", ".png", "folder/", "folder/.svg"])
+def test_an_output_path_without_a_name_is_refused(data_path, tmp_path, monkeypatch, output_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="names no file"):
+        parse_analysis.plot(data_path, output_path)
+    assert os.listdir(tmp_path) == []

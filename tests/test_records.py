@@ -57,6 +57,8 @@ GOOD = '{"instruction": "i", "output": "o"}'
         ('[{"instruction": "i", "output": null}]', ", record 0: 'output' must be text, found NoneType None"),
         ('[{"instruction": " ", "output": "o"}]', ", record 0: 'instruction' is empty"),
         ('[{"instruction": "i", "output": "\\n"}]', ", record 0: 'output' is empty"),
+        (GOOD + "\n" + "[" * 10**5, ", line 2: JSON nested more than 100 levels deep"),
+        (f'{GOOD}\n{{"n": {"9" * 5000}}}', ", line 2: an integer of more than 4,300 digits"),
         (r'[{"instruction": "i", "output": "a \ud83d"}]', r", record 0: 'output' is no text: character 2 is '.ud83d'"),
     ],
 )

@@ -229,7 +229,7 @@ def test_verify_and_info_tell_what_a_folder_is(pair, tmp_path, capsys):
 def test_model_that_does_not_fit_in_memory_is_not_asked(pair, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(weight_diff, "host_memory", lambda: 1000)
     weight_diff.recover(pair[0], pair[2], str(tmp_path / "out"))
-    assert "no test inference: the model takes" in capsys.readouterr().out
+    assert "no test inference: the model needs" in capsys.readouterr().out
 
 
 def test_a_device_that_is_not_there_costs_no_recovered_model(tiny, tmp_path, capsys):

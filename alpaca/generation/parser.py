@@ -8,26 +8,28 @@ import json
 import re
 from dataclasses import dataclass
 
-_LINE_START = r"^[ \t>]*(?:[-*•][ \t]+)?(?P<hashes>#{1,6})?[ \t]*(?P<opening>\*\*|__)?"
+# Each run of blanks has one place in these patterns: with two, a line of blanks would be tried in every split of them.
 _FIELD = (
     r"(?P<field>Instruction|Input|Output|Response|INSTRUCTION|INPUT|OUTPUT|RESPONSE)"
-    r"[ \t]*(?P<closing>\*\*|__)?[ \t]*:"
+    r"(?:[ \t]*(?P<closing>\*\*|__))?[ \t]*:"
 )
+_START = r"^[ \t>]*(?:[-*•][ \t]+)?(?:(?P<hashes>#{1,6})[ \t]*)?(?P<opening>\*\*|__)?"
 # "4. Instruction:", "**4. Input:**", "4) **Output**:", "### 4. Instruction:", "Task 4 - Input:", "- 4. Response:".
 _NUMBERED = re.compile(
-    rf"{_LINE_START}(?:Task[ \t]+)?(?P<number>\d+)[ \t]*[.):-]?[ \t]*(?P<inner>\*\*|__)?{_FIELD}", re.MULTILINE
+    rf"{_START}(?:Task[ \t]+)?(?P<number>\d{{1,9}})(?:[ \t]*[.):-])?[ \t]*(?P<inner>\*\*|__)?{_FIELD}", re.MULTILINE
 )
 # "Instruction:", "**Input:**", "### Output:", "* Response:": for answers without any number, and for tasks of which
 # only the instruction has one.
-_UNNUMBERED = re.compile(rf"{_LINE_START}(?P<number>)(?P<inner>){_FIELD}", re.MULTILINE)
+_UNNUMBERED = re.compile(rf"{_START}(?P<number>)(?P<inner>){_FIELD}", re.MULTILINE)
 _SEPARATOR = re.compile(r"^[ \t]*#{3,}[ \t]*$", re.MULTILINE)
 # The start of a heading at which an answer was cut: "", "5", "5. Instr", "**5. In".
-_HALF_A_HEADING = re.compile(r"\s*(\*\*)?(\d+[.)]?)?\s*(\*\*)?\w{0,11}\s*\Z")
+_GAP = r"\s*(?=\S|\Z)"  # all the blanks there are
+_HALF_A_HEADING = re.compile(rf"{_GAP}(?:(?:\*\*)?\d{{1,9}}[.)]?{_GAP}|\*\*{_GAP})?(?:\*\*)?\w{{0,11}}\s*\Z")
 _NO_INPUT = re.compile(
     r"[<(\[]?\s*(no[ _-]?input( (is )?(needed|required|provided|necessary))?|n/?a|none)\s*[>)\]]?\.?\Z", re.IGNORECASE
 )
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-_JSON_LIST = re.compile(r"\A\s*(```(json)?\s*)?(?P<list>\[\s*\{.*?)\s*(```)?\s*\Z", re.DOTALL)
+_JSON_LIST = re.compile(r"\A\s*(?:```(?:json)?\s*)?(?=\[\s*\{)")
 
 PROBLEMS = ("malformed", "truncated")  # why a stretch of text is not a task
 
@@ -78,7 +80,7 @@ def parse_tasks(text: str, first_number: int, truncated: bool = False) -> list[P
     text = _THOUGHT.sub("", text)
     if not text.strip():
         return []
-    if (found := _JSON_LIST.match(text)) and (tasks := _read_json(found["list"], truncated)):
+    if (found := _JSON_LIST.match(text)) and (tasks := _read_json(text[found.end() :], truncated)):
         return tasks
     pattern = _NUMBERED if _NUMBERED.search(text) else _UNNUMBERED
     headings = _headings(text, pattern)

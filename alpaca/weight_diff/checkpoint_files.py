@@ -8,7 +8,6 @@ tensors start. Nothing pickled is executed.
 import errno
 import json
 import os
-import pickle
 import re
 import struct
 import zipfile
@@ -16,11 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import numpy as np
 
 from alpaca.cli import UserError
-from alpaca.files import jload
+from alpaca.files import LONE_SURROGATE, parse_json, read_text
 
 INDEX = "model.safetensors.index.json"
 PART = ".part"  # ends the name of a weights file while it is being written, so that nothing loads it as a model
@@ -29,6 +29,16 @@ MAX_SHARD_BYTES = 5 * 10**9
 STORED = {name: np.dtype(kind) for name, kind in (("F32", "<f4"), ("F16", "<f2"), ("BF16", "<u2"), ("U32", "<u4"))}
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _LLAMA = {(4096, 32): "7B", (5120, 40): "13B", (6656, 60): "30B", (8192, 80): "65B"}
+# Bits of an element of every type that the safetensors format has.
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _WIDEST_FIRST = ("U32", "F32", "BF16", "F16")  # how safetensors' own writer orders a file's tensors
 
 
@@ -90,10 +100,7 @@ class Checkpoint:
     def config(self) -> dict:
         """config.json, parsed."""
         path = os.path.join(self.folder, "config.json")
-        try:
-            config = json.loads(self.config_text.removeprefix("\ufeff"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
+        config = parse_json(self.config_text.removeprefix("\ufeff"), path)
         if not isinstance(config, dict):
             raise UserError(f"{path} is not a JSON object; expected a model's configuration")
         return config
@@ -164,12 +171,29 @@ def read_checkpoint(folder: str) -> Checkpoint:
         if os.path.exists(os.path.join(folder, single)):
             return _read_files(folder, {}, [single], read)
         if os.path.exists(index):
-            found = jload(index)
-            promised = found.get("weight_map") if isinstance(found, dict) else None
-            if not isinstance(promised, dict) or not promised or not all(isinstance(f, str) for f in promised.values()):
-                raise UserError(f"{index} has no weight_map; download it again")
+            promised = parse_weight_map(read_text(index), index)
             return _read_files(folder, promised, sorted(set(promised.values())), read)
     raise UserError(f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin and no index of shards")
+
+
+def parse_weight_map(text: str, index: str) -> dict[str, str]:
+    """Reads from an index which file of a sharded checkpoint holds which tensor.
+
+    Args:
+        text: The index.
+        index: Its path, for the message.
+
+    Raises:
+        UserError: The text is no index, or names files of other folders.
+    """
+    found = parse_json(text, index, unique_keys=True)
+    promised = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(promised, dict) or not promised or not all(isinstance(f, str) for f in promised.values()):
+        raise UserError(f"{index} has no weight_map; download it again")
+    for file in promised.values():
+        if os.path.basename(file) != file or not file or "\0" in file:
+            raise UserError(f"{index} names the shard {file!r:.80}; expected a file of this folder")
+    return promised
 
 
 def _read_files(folder: str, promised: dict[str, str], files: list[str], read: Callable) -> Checkpoint:
@@ -185,9 +209,12 @@ def _read_files(folder: str, promised: dict[str, str], files: list[str], read: C
         for tensor in tensors:
             if tensor.dtype not in SAFETENSORS_DTYPES.values():
                 raise UserError(f"{path}: {tensor.name} is {tensor.dtype}; expected float32, float16 or bfloat16")
+            if twin := found.tensors.get(tensor.name):
+                raise UserError(f"{tensor.name} is in {twin.path} and in {path}; a checkpoint has a tensor once")
             found.tensors[tensor.name] = tensor
     for name, file in promised.items():
-        if name not in found.tensors and not _is_rotary_buffer(name):
+        holder = found.tensors.get(name)
+        if (holder is None or os.path.basename(holder.path) != file) and not _is_rotary_buffer(name):
             raise UserError(f"{os.path.join(folder, file)} lacks {name}, though the index names it; download it again")
     return found
 
@@ -199,31 +226,66 @@ def read_header(path: str) -> tuple[list[Tensor], dict | None]:
         The tensors in the order of their bytes, and the header's `__metadata__`.
 
     Raises:
-        UserError: The file is truncated, too long or damaged.
+        UserError: The file is truncated or too long, or breaks a rule of the format
+            (https://github.com/huggingface/safetensors#format).
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
+        if 8 + length > size or length > _MAX_HEADER_BYTES:
             raise UserError(f"{path} is truncated or not a safetensors file ({size:,} bytes); download it again")
         text = file.read(length)
     try:
-        header = json.loads(text)
+        if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
+            raise UserError("not a JSON object followed by spaces")
+        header = parse_json(text, "JSON", unique_keys=True)
         metadata = header.pop("__metadata__", None)
-        places = {name: (entry["data_offsets"][0], entry["data_offsets"][1]) for name, entry in header.items()}
-        tensors = [
-            Tensor(name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + places[name][0])
-            for name, entry in header.items()
-        ]
-        tensors.sort(key=lambda tensor: tensor.offset)
-        fits = all(t.dtype not in STORED or t.nbytes == places[t.name][1] - places[t.name][0] for t in tensors)
-        end = 8 + length + max((stop for _, stop in places.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} has a damaged safetensors header; download it again") from error
-    if not fits or end != size:
+        _check_metadata(metadata)
+        spans = {name: _span(name, entry) for name, entry in header.items()}
+        names, end = sorted(spans, key=spans.get), 0
+        for name in names:
+            if spans[name][0] != end:
+                raise UserError(f"{name!r:.80} begins at byte {spans[name][0]:,}, where {end:,} is next")
+            end = spans[name][1]
+    except UserError as error:
+        raise UserError(f"{path} has a damaged safetensors header: {error}; download it again") from error
+    end += 8 + length
+    if end != size:
         raise UserError(f"{path} is truncated or damaged: {size:,} bytes, its header says {end:,}; download it again")
-    return tensors, metadata
+    found = [(name, header[name]["dtype"], tuple(header[name]["shape"]), spans[name][0]) for name in names]
+    return [Tensor(name, dtype, shape, path, 8 + length + begin) for name, dtype, shape, begin in found], metadata
+
+
+def _check_metadata(metadata: Any) -> None:
+    """Checks a header's `__metadata__`: absent, or texts by name."""
+    if metadata is None:
+        return
+    texts = [text for item in metadata.items() for text in item] if isinstance(metadata, dict) else [None]
+    if not all(isinstance(text, str) and not LONE_SURROGATE.search(text) for text in texts):
+        raise UserError("__metadata__ does not map texts to texts")
+
+
+def _span(name: str, entry: Any) -> tuple[int, int]:
+    """Returns begin and end of a tensor in the bytes behind the header, and checks its entry by itself.
+
+    Example:
+        {"dtype": "BF16", "shape": [2, 3], "data_offsets": [64, 76]} -> (64, 76): 2 x 3 x 2 = 12 bytes.
+    """
+    if LONE_SURROGATE.search(name) or not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise UserError(f"{name!r:.80} has other fields than dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise UserError(f"{name!r:.80} has the unknown type {dtype!r:.40}")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 64 for n in numbers):
+            raise UserError(f"{name!r:.80} has {numbers!r:.60} where whole numbers are expected")
+    bits = prod(shape) * _BITS[dtype]
+    if prod(max(1, n) for n in shape) >= 1 << 60 or bits % 8:
+        raise UserError(f"{name!r:.80} has the impossible shape {shape!r:.60}")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != bits // 8:
+        raise UserError(f"{name!r:.80} has {bits // 8:,} bytes, but the data_offsets {offsets!r:.60}")
+    return offsets[0], offsets[1]
 
 
 def _read_safetensors(path: str, found: Checkpoint) -> list[Tensor]:
@@ -240,12 +302,15 @@ def _read_bin(path: str, found: Checkpoint) -> list[Tensor]:
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         records = _zip_records(path)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error) as error:
+    except Exception as error:  # what a damaged pickle may raise has no list
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{path} is truncated, damaged or holds more than tensors ({reason})") from error
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path} holds a {type(state).__name__}; expected a state dict: tensors by name")
     for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_contiguous():
+        dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not dense or not tensor.is_contiguous():
             raise UserError(
                 f"{path}: {name} is not a contiguous tensor; expected a state dict as transformers saves it"
             )

@@ -16,7 +16,8 @@ import threading
 
 import numpy as np
 
-from alpaca.weight_diff.checkpoint_files import STORED, Output, Tensor, read_header
+from alpaca.cli import UserError
+from alpaca.weight_diff.checkpoint_files import SAFETENSORS_DTYPES, STORED, Output, Tensor, read_header
 from alpaca.weight_diff.stream import WINDOW, Sink, Source
 
 CORRECTIONS = "corrections.safetensors"
@@ -109,6 +110,7 @@ class CorrectionReader:
         self._parts = [file[f"{name}.{part}"] for part in ("index", "value")] if f"{name}.index" in file else []
         self._unread = self._parts[0].numel if self._parts else 0
         self._positions, self._values = np.empty(0, np.int64), np.empty(0)
+        self._last = -1
 
     def apply(self, start: int, stop: int, window: np.ndarray) -> None:
         """Writes the right values into `window`, which holds the tensor's elements [start, stop)."""
@@ -129,9 +131,28 @@ class CorrectionReader:
             with Source(part) as source:
                 loaded.append(source.read(begin, begin + count).copy())
         self._positions, self._values = loaded[0].astype(np.int64), loaded[1]
+        if np.any(np.diff(self._positions, prepend=self._last) <= 0):
+            raise UserError(
+                f"{self._parts[0].path}: the positions for {self._parts[0].name} don't rise; download it again"
+            )
+        self._last = int(self._positions[-1])
         self._unread -= count
 
 
 def read_corrections(folder: str) -> dict[str, Tensor]:
-    """Locates the tensors of a diff's corrections file by name."""
-    return {tensor.name: tensor for tensor in read_header(os.path.join(folder, CORRECTIONS))[0]}
+    """Locates the tensors of a diff's corrections file by name.
+
+    Raises:
+        UserError: The file is damaged, or its tensors don't come in pairs of positions and values.
+    """
+    path = os.path.join(folder, CORRECTIONS)
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing; download the diff again")
+    found = {tensor.name: tensor for tensor in read_header(path)[0]}
+    for name, tensor in found.items():
+        stem, _, part = name.rpartition(".")
+        twin = found.get(f"{stem}.{'value' if part == 'index' else 'index'}")
+        kinds = ("U32",) if part == "index" else SAFETENSORS_DTYPES.values() if part == "value" else ()
+        if twin is None or tensor.dtype not in kinds or tensor.shape != (tensor.numel,) or twin.shape != tensor.shape:
+            raise UserError(f"{path}: {name} is no list of corrections; download the diff again")
+    return found

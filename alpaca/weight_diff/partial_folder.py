@@ -7,19 +7,19 @@ import shutil
 from collections.abc import Iterator
 
 from alpaca.cli import UserError
-from alpaca.files import lock
+from alpaca.files import lock, size_text
 from alpaca.weight_diff.checkpoint_files import Output
+from alpaca.weight_diff.manifest import MARKER, differing_files, not_ours, read_manifest
 
 _SPARE_BYTES = 64 << 20  # for the small files and the file system
-# The first file in a folder that we write, and the last one to be removed: only a folder that has it is ever cleared.
-MARKER = "weight_diff.unfinished"
 
 
 class PartialFolder:
     """Writes the folder TARGET.partial, for one run at a time, and renames it to TARGET at the end.
 
     A run that fails removes what it has written. A run that is killed leaves TARGET.partial, which the next one clears.
-    With `overwrite`, a folder that stands at TARGET is called TARGET.replaced for the moment between two renames.
+    With `overwrite`, a folder that stands at TARGET is called TARGET.replaced for the moment between two renames. Only
+    a folder whose manifest proves that this script wrote all of it is replaced.
 
     Args:
         target: What the folder will be called.
@@ -28,7 +28,7 @@ class PartialFolder:
         overwrite: Whether to replace an existing target, once the new one is whole.
 
     Raises:
-        UserError: The target is an input or holds one, or exists and isn't to be overwritten.
+        UserError: The target is an input or holds one, or exists and isn't to be overwritten, or isn't ours.
     """
 
     def __init__(self, target: str, flag: str, inputs: list[str], overwrite: bool):
@@ -45,6 +45,14 @@ class PartialFolder:
             raise UserError(f"{target} is a file; expected the name of a new folder")
         if self._target_is_filled() and not overwrite:
             raise UserError(f"{target} exists; name a new folder, or pass --overwrite to replace this one when done")
+        self._check_target()
+
+    def _check_target(self) -> None:
+        if self._target_is_filled() and (strange := not_ours(self.target)):
+            raise UserError(
+                f"--overwrite replaces only what this script wrote, and {self.target} is not: {strange}; "
+                f"move the folder away, or name another {self._flag}"
+            )
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -62,6 +70,8 @@ class PartialFolder:
             lock(descriptor, self.folder, self._flag)
             try:
                 _clear(self.folder)
+                if self._overwrite:
+                    self._tidy()
                 _mark(
                     self.folder, "weight_diff.py is writing this folder. If it was stopped, run the same command again."
                 )
@@ -77,12 +87,25 @@ class PartialFolder:
         finally:
             os.close(descriptor)
 
+    def _tidy(self) -> None:
+        """Finishes, or takes back, the replacing that a killed run began, so that nothing takes its place twice."""
+        if not os.path.isdir(self._replaced):
+            return
+        if self._target_is_filled():
+            _remove(self._replaced)
+        elif not_ours(self._replaced) is None and not differing_files(self._replaced, read_manifest(self._replaced)):
+            # Killed between the two renames: it is the only whole model there is.
+            if os.path.isdir(self.target):
+                os.rmdir(self.target)
+            os.rename(self._replaced, self.target)
+
     def create(self, output: Output) -> None:
         """Makes the weights' files, if they fit on the disk."""
         needed, free = sum(output.sizes.values()), shutil.disk_usage(self.folder).free
         if free < needed + _SPARE_BYTES:
             raise UserError(
-                f"{self.target} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk; make room first"
+                f"{self.target} needs {size_text(needed + _SPARE_BYTES)}, {size_text(free)} are free on its disk; "
+                "make room first"
             )
         output.create()
 
@@ -94,10 +117,9 @@ class PartialFolder:
         """
         if self._target_is_filled() and not self._overwrite:
             raise UserError(f"{self.target} was made by somebody else during the run; move it away, then run again")
+        self._check_target()
         output.publish()
         if self._target_is_filled():
-            if os.path.isdir(self._replaced):
-                _remove(self._replaced)
             _mark(
                 self.target, "weight_diff.py was replacing this folder. If it was stopped, run the same command again."
             )
@@ -112,13 +134,14 @@ class PartialFolder:
 
 
 def _is_foreign(path: str) -> bool:
-    """Whether a path is taken by anything but an empty folder or one with our marker, so that we may not clear it."""
+    """Whether a path is anything but an empty folder or one with our marker and files alone, so we may not clear it."""
     if not os.path.lexists(path):
         return False
     if os.path.islink(path) or not os.path.isdir(path):
         return True
-    names = os.listdir(path)
-    return bool(names) and MARKER not in names
+    entries = list(os.scandir(path))
+    marked = any(entry.name == MARKER for entry in entries)
+    return bool(entries) and (not marked or any(entry.is_dir(follow_symlinks=False) for entry in entries))
 
 
 def _mark(folder: str, text: str) -> None:
@@ -129,7 +152,7 @@ def _mark(folder: str, text: str) -> None:
 def _clear(folder: str) -> None:
     """Empties a folder that bears the marker. It goes last, so that a killed run leaves no folder without it."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name == MARKER):
-        shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+        os.unlink(entry.path)
 
 
 def _remove(folder: str) -> None:

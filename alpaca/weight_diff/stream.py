@@ -211,8 +211,8 @@ def run_jobs(title: str, sizes: dict[str, int], job: Callable[[str, ByteCount], 
                 for future in done:
                     future.result()
         except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # first, or a thread that has given up takes the next job
             count.stopped = True
-            pool.shutdown(cancel_futures=True)
             raise
     return {name: futures[name].result() for name in sizes}
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import struct
 
 import pytest
 import torch
@@ -128,3 +130,85 @@ def test_written_files_are_readable_like_any_other(pair, tmp_path):
     usual = os.stat(tmp_path / "any").st_mode
     for folder in (out, pair[2]):
         assert {os.stat(os.path.join(folder, name)).st_mode for name in os.listdir(folder)} == {usual}
+
+
+def f32(*offsets, shape=None, **fields):
+    return {"dtype": "F32", "shape": shape or [(offsets[1] - offsets[0]) // 4], "data_offsets": list(offsets), **fields}
+
+
+@pytest.mark.parametrize(
+    ("header", "complaint"),
+    [
+        ({"a": f32(0, 16), "b": f32(8, 24)}, "'b' begins at byte 8, where 16 is next"),
+        ({"a": f32(0, 8), "b": f32(12, 24)}, "'b' begins at byte 12, where 8 is next"),
+        ({"a": f32(4, 24)}, "'a' begins at byte 4, where 0 is next"),
+        ({"a": f32(0, 24), "b": f32(0, 24)}, "'b' begins at byte 0, where 24 is next"),
+        ({"a": f32(-24, 0, shape=[6]), "b": f32(0, 24)}, r"'a' has \[-24, 0\] where whole numbers are expected"),
+        ({"a": f32(24, 0, shape=[6])}, r"'a' has 24 bytes, but the data_offsets \[24, 0\]"),
+        ({"a": f32(0, 24, shape=[-2, -3])}, r"'a' has \[-2, -3\] where"),
+        ({"a": f32(0, 24, shape=[True, 6])}, r"'a' has \[True, 6\] where"),
+        ({"a": f32(0, 24, shape=[6.0])}, r"'a' has \[6.0\] where"),
+        ({"a": f32(0, 24, shape=[1 << 62, 6])}, "'a' has the impossible shape"),
+        ({"a": f32(0, 24, shape=[7])}, r"'a' has 28 bytes, but the data_offsets \[0, 24\]"),
+        ({"a": f32(0, 24, dtype="F33")}, "'a' has the unknown type 'F33'"),
+        ({"a": f32(0, 24, stride=1)}, "'a' has other fields than"),
+        ({"a": f32(0, 24), "__metadata__": {"step": 1}}, "__metadata__ does not map texts to texts"),
+        ('{"a": %s, "a": %s}' % ((json.dumps(f32(0, 24)),) * 2), "JSON, line 1: the key 'a' is there twice"),
+        ('{"a":' * 200 + "}" * 200, "not JSON"),
+        ('{"a":' * 10**5, "not a JSON object"),
+        ('{"a": %s}' % ("[" * 10**5 + "]" * 10**5), "JSON nested more than 100 levels deep"),
+        (" " + json.dumps({"a": f32(0, 24)}), "not a JSON object followed by spaces"),
+        ({"a": f32(0, 20)}, "is truncated or damaged: "),
+        ({"a": f32(0, 28)}, "is truncated or damaged: "),
+    ],
+)  # fmt: skip
+def test_a_header_that_breaks_the_formats_rules_is_refused(tmp_path, header, complaint):
+    """The file has all its bytes, but a tensor would be read from another's bytes, from the header's, or not at all."""
+    path = tmp_path / "model.safetensors"
+    text = header if isinstance(header, str) else json.dumps(header)
+    path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + bytes(24))
+    assert re.search(complaint, refused(checkpoint_files.read_header, str(path)))
+
+
+def test_a_tensor_in_two_shards_is_refused(pair, tmp_path):
+    def twice(folder):
+        shutil.copy(f"{folder}/model-00001-of-00002.safetensors", f"{folder}/model-00002-of-00002.safetensors")
+
+    raw, tuned, _ = edited(pair, tmp_path, 1, twice)
+    assert "a checkpoint has a tensor once" in refused(weight_diff.make_diff, raw, tuned, str(tmp_path / "out"))
+
+
+def test_an_index_that_names_another_shard_or_folder_is_refused(pair, tmp_path):
+    for file, complaint in (
+        ("model-00001-of-00002.safetensors", "lacks"),
+        ("../raw/model.safetensors", "expected a file of this folder"),
+    ):
+
+        def rename(folder, file=file):
+            with open(f"{folder}/model.safetensors.index.json") as index:
+                found = json.load(index)
+            found["weight_map"][max(found["weight_map"], key=found["weight_map"].get)] = file
+            write(f"{folder}/model.safetensors.index.json", json.dumps(found))
+
+        raw, tuned, _ = edited(pair, tmp_path, 1, rename)
+        assert complaint in refused(weight_diff.make_diff, raw, tuned, str(tmp_path / "out"))
+        shutil.rmtree(tmp_path / "edited")
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        [torch.ones(2)],
+        torch.ones(2),
+        {3: torch.ones(2)},
+        {"a": torch.ones(2, device="meta")},
+        {"a": torch.eye(2).to_sparse()},
+    ],
+)
+def test_a_bin_file_that_holds_no_state_dict_is_one_line(pair, tmp_path, held):
+    def replace(folder):
+        os.unlink(os.path.join(folder, "model.safetensors"))
+        torch.save(held, os.path.join(folder, "pytorch_model.bin"))
+
+    raw, tuned, _ = edited(pair, tmp_path, 0, replace)
+    assert "expected a state dict" in refused(weight_diff.make_diff, raw, tuned, str(tmp_path / "out"))

@@ -1,12 +1,15 @@
 """The manifest finds every damage."""
 
+import contextlib
 import json
 import os
 import random
 import re
 import shutil
 
-from safetensors.torch import load_file
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from weight_diff_pairs import (
     EMBED,
     assert_same_files,
@@ -16,10 +19,12 @@ from weight_diff_pairs import (
     make_pair,
     recover,
     refused,
+    write,
 )
 
 import weight_diff
-from alpaca.weight_diff import checkpoint_files
+from alpaca.cli import UserError
+from alpaca.weight_diff import checkpoint_files, manifest
 
 
 def test_every_one_of_50_flipped_bits_is_found(pair, tmp_path):
@@ -78,3 +83,68 @@ def test_a_diff_says_that_it_is_no_model(pair):
         config = json.load(file)
     assert config["alpaca_weight_diff"] is True
     assert config["architectures"] == []
+
+
+def paths(value, path=()):
+    """The way to every value in a nest of dicts; of tensors and files the first stands for all."""
+    for name in list(value)[:1] if path[-1:] in (("tensors",), ("files",), ("headers",)) else value:
+        yield (*path, name)
+        if isinstance(value[name], dict):
+            yield from paths(value[name], (*path, name))
+
+
+def test_a_manifest_that_was_edited_and_hashed_again_never_ends_in_a_traceback(pair, tmp_path):
+    """Each value is removed, or has another kind put in its place, in a diff's manifest and in a recovered model's."""
+    recovered = recover(pair[0], pair[2], str(tmp_path))
+    tried = 0
+    for folder in (shutil.copytree(pair[2], tmp_path / "diff"), recovered):
+        with open(f"{folder}/weight_diff.json") as file:
+            text = file.read()
+        ways = [way for way in paths(json.loads(text)) if way != ("manifest_sha256",)]
+        for number, way in enumerate(ways):
+            for value in (None, ["removed", 7, "x", [], {}, [None]][number % 6]):
+                edited = json.loads(text)
+                at = edited
+                for name in way[:-1]:
+                    at = at[name]
+                at.pop(way[-1]) if value == "removed" else at.update({way[-1]: value})
+                edited["manifest_sha256"] = manifest._manifest_sha256(edited)
+                write(f"{folder}/weight_diff.json", json.dumps(edited))
+                for command, arguments in (
+                    (weight_diff.info, (folder,)),
+                    (weight_diff.verify, (folder,)),
+                    (weight_diff.recover, (pair[0], folder, str(tmp_path / "new"), "cpu", False, True, "float16")),
+                ):
+                    with contextlib.suppress(UserError):
+                        command(*map(str, arguments[:3]), *arguments[3:])
+                shutil.rmtree(tmp_path / "new", ignore_errors=True)
+                tried += 1
+    assert tried > 60
+    assert sorted(os.listdir(tmp_path)) == ["diff", "out"]
+
+
+@pytest.mark.parametrize("damage", ["unsorted", "beyond the end", "longer values", "no values", "other type"])
+def test_corrections_that_do_not_fit_are_refused_in_one_line(pair, tmp_path, damage):
+    """With a manifest that vouches for them; what they are for is checked before it is used."""
+    diff = shutil.copytree(pair[2], tmp_path / "diff")
+    corrections = load_file(diff / "corrections.safetensors")
+    index = corrections[f"{EMBED}.index"]
+    if damage == "unsorted":
+        index[:] = torch.tensor(index.tolist()[::-1])
+    elif damage == "beyond the end":
+        index[-1] = 2**32 - 1
+    elif damage == "longer values":
+        corrections[f"{EMBED}.value"] = torch.zeros(len(index) + 1)
+    elif damage == "no values":
+        del corrections[f"{EMBED}.value"]
+    else:
+        corrections[f"{EMBED}.index"] = index.float()
+    save_file(corrections, diff / "corrections.safetensors")
+    with open(diff / "weight_diff.json") as file:
+        found = json.load(file)
+    found["files"]["corrections.safetensors"] = manifest._file_sha256(str(diff / "corrections.safetensors"))
+    found["manifest_sha256"] = manifest._manifest_sha256(found)
+    write(diff / "weight_diff.json", json.dumps(found))
+    message = refused(weight_diff.recover, pair[0], str(diff), str(tmp_path / "out"), test_inference=False)
+    assert EMBED in message
+    assert os.listdir(tmp_path) == ["diff"]

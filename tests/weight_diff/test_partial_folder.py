@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import filecmp
 import math
 import os
 import re
@@ -11,9 +12,10 @@ import subprocess
 import sys
 
 import pytest
-from weight_diff_pairs import assert_same_files, load, recover, refused, write
+from weight_diff_pairs import assert_same_files, edited, load, recover, refused, write
 
 import weight_diff
+from alpaca.weight_diff import partial_folder
 from alpaca.weight_diff.partial_folder import MARKER
 
 
@@ -30,9 +32,96 @@ def test_inputs_and_existing_folders_are_safe(pair, tmp_path):
     assert os.listdir(out) == ["mine"]
     (tmp_path / "link").symlink_to(raw)
     assert "an input of this command" in refused(weight_diff.recover, raw, diff, str(tmp_path / "link"), overwrite=True)
-    weight_diff.recover(raw, diff, str(out), test_inference=False, overwrite=True)
-    assert_same_files(out, tuned)
+    (out / "mine").unlink()
+    for _ in range(2):  # into an empty folder, and over what is ours
+        weight_diff.recover(raw, diff, str(out), test_inference=False, overwrite=True)
+        assert_same_files(out, tuned)
     assert sorted(os.listdir(tmp_path)) == ["link", "out"]
+
+
+def snapshot(folder) -> dict[str, bytes]:
+    """Every path below a folder, with the bytes of files."""
+    paths = [os.path.join(at, name) for at, folders, names in os.walk(folder) for name in [*folders, *names]]
+    return {path: open(path, "rb").read() if os.path.isfile(path) else b"" for path in sorted(paths)}
+
+
+def git_folder(out):
+    (out / ".git").mkdir()
+    write(out / ".git" / "HEAD", "ref: refs/heads/main")
+
+
+STRANGE = {
+    "a project without a manifest": (lambda out: (shutil.rmtree(out), out.mkdir(), git_folder(out)), "no manifest"),
+    "a project around a model": (git_folder, "it also holds .git"),
+    "a model card": (lambda out: write(out / "README.md", "mine"), "it also holds README.md"),
+    "four more files": (lambda out: [write(out / f"{i}.txt", "") for i in range(4)], "0.txt, 1.txt, 2.txt and 1 more"),
+    "an edited file": (lambda out: write(out / "generation_config.json", "{}"), "contents in generation_config.json"),
+    "a folder in a file's place": (
+        lambda out: ((out / "config.json").unlink(), (out / "config.json").mkdir()),
+        "it also holds config.json",
+    ),
+    "a link": (
+        lambda out: ((out / "config.json").unlink(), (out / "config.json").symlink_to("/dev/zero")),
+        "it also holds config.json",
+    ),
+    "a manifest of another format": (lambda out: write(out / "weight_diff.json", "{}"), "weight_diff.json is damaged"),
+    "another model": (lambda out: (out / "weight_diff.json").unlink(), "weight_diff.json is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_overwrite_replaces_nothing_that_this_script_did_not_write(pair, tmp_path, monkeypatch, kind):
+    raw, tuned, diff = pair
+    out = tmp_path / "out"
+    shutil.copytree(diff, out)
+    change, complaint = STRANGE[kind]
+    change(out)
+    before = snapshot(tmp_path)
+    monkeypatch.chdir(out)
+    monkeypatch.setattr(weight_diff, "run_jobs", None)  # it is refused before the arithmetic
+    for target in (str(out), "."):
+        for function, other in ((weight_diff.recover, diff), (weight_diff.make_diff, tuned)):
+            message = refused(function, raw, other, target, overwrite=True)
+            assert message.startswith("--overwrite replaces only what this script wrote, and ")
+            assert complaint in message
+    assert snapshot(tmp_path) == before
+
+
+def test_what_was_put_into_a_folder_while_it_was_being_replaced_is_kept(pair, tmp_path, monkeypatch):
+    out, publish = shutil.copytree(pair[2], tmp_path / "out"), weight_diff.PartialFolder.publish
+
+    def late(work, output):
+        write(out / "mine", "precious")
+        publish(work, output)
+
+    monkeypatch.setattr(weight_diff.PartialFolder, "publish", late)
+    message = refused(weight_diff.recover, pair[0], pair[2], str(out), test_inference=False, overwrite=True)
+    assert "it also holds mine" in message
+    assert (out / "mine").read_text() == "precious"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt"])
+def test_what_cannot_be_copied_is_refused_before_the_arithmetic(pair, tmp_path, monkeypatch, kind, name):
+    def spoil(folder):
+        path = os.path.join(folder, name)
+        if kind == "link":
+            os.symlink("nowhere", path)
+        elif kind == "folder":
+            os.mkdir(path)
+        else:
+            os.mkfifo(path)
+
+    monkeypatch.setattr(weight_diff, "run_jobs", None)
+    raw, tuned, _ = edited(pair, tmp_path, 1, spoil)
+    assert f"{name} is not a readable file" in refused(weight_diff.make_diff, raw, tuned, str(tmp_path / "out"))
+    shutil.rmtree(tmp_path / "edited")
+    raw, _, diff = edited(pair, tmp_path, 2, lambda folder: (os.unlink(f"{folder}/weight_diff.json"),
+                                                             os.unlink(f"{folder}/corrections.safetensors"),
+                                                             spoil(folder)))  # fmt: skip
+    assert f"{name} is not a readable file" in refused(weight_diff.recover, raw, diff, str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["edited"]
 
 
 def test_an_empty_output_name_is_not_the_working_folder(pair, tmp_path, monkeypatch):
@@ -64,7 +153,9 @@ def test_a_folder_that_came_up_during_the_run_is_not_replaced(pair, tmp_path, mo
 
 def test_too_small_a_disk_is_told_before_the_start(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
-    assert "GB are free on its disk" in refused(weight_diff.recover, pair[0], pair[2], str(tmp_path / "out"))
+    assert "needs 64.2 MiB, 1 bytes are free on its disk" in refused(
+        weight_diff.recover, pair[0], pair[2], str(tmp_path / "out")
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -116,23 +207,30 @@ def test_a_disk_that_fills_up_is_told_in_one_line_and_nothing_is_left(pair, tmp_
 def test_what_somebody_else_put_at_our_names_is_refused_and_left_alone(pair, tmp_path, name, kind):
     raw, tuned, diff = pair
     out, mine, place = tmp_path / "out", tmp_path / "mine", tmp_path / name
-    for folder in (out, mine):
-        folder.mkdir()
-        write(folder / "model.safetensors", "precious")
+    shutil.copytree(diff, out)
+    mine.mkdir()
+    write(mine / "model.safetensors", "precious")
     if kind == "folder":
         mine.rename(place)
     elif kind == "link":
         place.symlink_to(mine)
     else:
         write(place, "precious")
-    before = sorted(os.listdir(tmp_path))
+    before = snapshot(tmp_path)
     for function, other in ((weight_diff.recover, diff), (weight_diff.make_diff, tuned)):
         message = refused(function, raw, other, str(out), overwrite=True)
         assert message.startswith(f"{place} exists, and this script didn't make it; move it, or name another --path_")
-    assert sorted(os.listdir(tmp_path)) == before
-    precious = [place] if kind == "file" else [place / "model.safetensors"]
-    for path in [out / "model.safetensors", *precious]:
-        assert path.read_text() == "precious"
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.replaced"])
+def test_a_marked_folder_with_a_folder_of_somebody_else_is_left_alone(pair, tmp_path, name):
+    shutil.copytree(pair[2], tmp_path / "out")
+    (tmp_path / name / ".git").mkdir(parents=True)
+    write(tmp_path / name / MARKER, "")
+    message = refused(weight_diff.recover, pair[0], pair[2], str(tmp_path / "out"), overwrite=True)
+    assert "this script didn't make it" in message
+    assert sorted(os.listdir(tmp_path / name)) == [".git", MARKER]
 
 
 def test_an_untouched_replaced_folder_is_no_hindrance_without_overwrite(pair, tmp_path):
@@ -217,22 +315,47 @@ def test_after_a_kill_at_any_moment_the_same_command_starts_over(pair, tmp_path,
 
 def test_a_kill_while_a_folder_is_replaced_leaves_the_old_one_or_the_new_one(pair, tmp_path):
     raw, tuned, diff = pair
-    target = str(tmp_path / "out")
-
-    def old_model():
-        os.makedirs(f"{target}/a")
-        write(f"{target}/model.safetensors", "old")
-        write(f"{target}/a/b", "old")
-
-    old_model()
+    target, old = str(tmp_path / "out"), tmp_path / "old"
+    weight_diff.recover(raw, diff, str(old), test_inference=False, dtype="float16")
+    shutil.copytree(old, target)
     moments = LAST - int(killed(LAST, "recover", raw, diff, target).stdout.split()[-1])
     for moment in range(moments - 12, moments):
         shutil.rmtree(target)
-        old_model()
+        shutil.copytree(old, target)
         assert killed(moment, "recover", raw, diff, target).returncode == -signal.SIGKILL
-        kept = [path for path in (target, target + ".replaced") if os.path.exists(f"{path}/model.safetensors")]
+        kept = [path for path in (target, target + ".replaced") if os.path.isdir(path) and holds(path, old)]
         whole = [path for path in (target, target + ".partial") if os.path.exists(f"{path}/weight_diff.json")]
         assert kept or whole
         weight_diff.recover(raw, diff, target, test_inference=False, overwrite=True)
         assert_same_files(target, tuned)
-        assert os.listdir(tmp_path) == ["out"]
+        assert sorted(os.listdir(tmp_path)) == ["old", "out"]
+
+
+def holds(folder, wanted) -> bool:
+    return filecmp.cmpfiles(wanted, folder, os.listdir(wanted), shallow=False)[1:] == ([], [])
+
+
+@pytest.mark.parametrize("killed_at", ["writing", "renaming", "clearing"])
+def test_after_a_kill_a_run_that_fits_on_the_disk_is_not_refused(pair, tmp_path, monkeypatch, killed_at):
+    """The disk holds the old model, the new one and the reserve, and no more; what the killed run left adds nothing."""
+    raw, tuned, diff = pair
+    out = tmp_path / "out"
+    weight_diff.recover(raw, diff, str(out), test_inference=False)
+    used = lambda: sum(len(data) for data in snapshot(tmp_path).values())  # noqa: E731
+    weights = sum(os.path.getsize(out / name) for name in os.listdir(out) if name.endswith(".safetensors"))
+    capacity = used() + weights + partial_folder._SPARE_BYTES
+    if killed_at == "writing":
+        shutil.copytree(out, tmp_path / "out.partial")
+        write(tmp_path / "out.partial" / MARKER, "")
+    elif killed_at == "renaming":  # the old one has its name no more, the new one not yet
+        out.rename(tmp_path / "out.replaced")
+        write(tmp_path / "out.replaced" / MARKER, "")
+        shutil.copytree(tmp_path / "out.replaced", tmp_path / "out.partial")
+    else:
+        shutil.copytree(out, tmp_path / "out.replaced")
+        write(tmp_path / "out.replaced" / MARKER, "")
+    usage = lambda path: shutil._ntuple_diskusage(capacity, used(), capacity - used() + 100)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    weight_diff.recover(raw, diff, str(out), test_inference=False, overwrite=True)
+    assert_same_files(out, tuned)
+    assert os.listdir(tmp_path) == ["out"]
