@@ -15,10 +15,11 @@ import sys
 import time
 
 from alpaca.cli import UserError, run_cli
-from alpaca.files import atomic_write, jdump, jload, size_text
+from alpaca.files import atomic_write, jdump, jload, read_text, size_text
 from alpaca.models import host_memory
 from alpaca.records import load_examples
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OUTPUT = "demo_output/real"
 MEMORY, DISK = 7 * 2**30, 4 * 2**30  # training peaks at 6.3 GiB; four folders of 513 MiB and the wheel
 HELD_OUT_SHORT, HELD_OUT_LONG = 32, 64  # tasks with an answer of few words, and all others
@@ -142,20 +143,21 @@ def report(folder: str = OUTPUT) -> None:
     losses = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     measured["base"]["loss"], measured["tuned"]["loss"] = losses[0][1], losses[-1][1]
     draw(history, held_out, answers, os.path.join(folder, "report.png"))
-    costs = jload(os.path.join(folder, "costs.json")) if os.path.exists(os.path.join(folder, "costs.json")) else {}
+    costs = os.path.join(folder, "costs.json")
     text = "\n\n".join(
         [
             "# A real model on a laptop: what this run measured",
-            _setting(folder, held_out),
-            "![Losses, and the lengths of answers](report.png)",
+            _setting(held_out),
+            "![Losses of the run, and the lengths of the answers](report.png)",
             _measures_table(measured, held_out),
+            "## Answers of few words",
             _changes_text(held_out, answers),
             "## Side by side",
             f"{SHOWN} of the {len(held_out)} held-out tasks, evenly spaced in the file, whatever the answers are. "
             "Long answers are cut at …",
             _side_by_side_table(held_out, answers),
             "## What it cost",
-            _costs_table(costs, history),
+            _costs_table(jload(costs) if os.path.exists(costs) else {}, history),
         ]
     )
     with atomic_write(os.path.join(folder, "report.md")) as file:
@@ -163,7 +165,7 @@ def report(folder: str = OUTPUT) -> None:
     print(f"{folder}/report.md\n\n{_measures_table(measured, held_out)}")
 
 
-def _setting(folder: str, held_out: list[dict]) -> str:
+def _setting(held_out: list[dict]) -> str:
     from benchmarks.provenance import provenance
 
     made = provenance("torch", "transformers")
@@ -173,6 +175,29 @@ def _setting(folder: str, held_out: list[dict]) -> str:
         f"bundled data in Alpaca's. {len(held_out)} tasks were held out. Answers are greedy, {MAX_NEW_TOKENS} tokens "
         f"at most.\n\n`make real` · {made['device']} · {versions} · commit {made['commit']}"
     )
+
+
+def publish(folder: str = OUTPUT) -> None:
+    """Puts a report into README.md and docs/real_model.md, between their marks, and its picture into assets/.
+
+    Args:
+        folder: Where the report is.
+    """
+    text = read_text(os.path.join(folder, "report.md"))
+    _, body = text.split("\n\n", 1)
+    table = next(part for part in body.split("\n\n") if part.startswith("| on "))
+    made = next(part for part in body.split("\n\n") if part.startswith("`make real`"))
+    picture = os.path.join("assets", "real_report.png")
+    shutil.copyfile(os.path.join(folder, "report.png"), os.path.join(ROOT, picture))
+    body = body.replace("(report.png)", f"(../{picture})").replace("\n## ", "\n### ")
+    for page, content in (("README.md", f"{table}\n\n{made}"), ("docs/real_model.md", body.strip())):
+        path = os.path.join(ROOT, page)
+        before, start, rest = read_text(path).partition("<!-- report -->")
+        _, end, after = rest.partition("<!-- end of report -->")
+        if not end:
+            raise UserError(f"{page} has no <!-- report --> and <!-- end of report --> to put the report between")
+        with atomic_write(path) as file:
+            file.write(f"{before}{start}\n\n{content}\n\n{end}{after}")
 
 
 def _measures_table(measured: dict, held_out: list[dict]) -> str:
@@ -351,4 +376,4 @@ def _compare_files(tuned: str, recovered: str) -> None:
 
 
 if __name__ == "__main__":
-    run_cli({"story": story, "split": split, "report": report}, sys.argv[1:] or ["story"])
+    run_cli({"story": story, "split": split, "report": report, "publish": publish}, sys.argv[1:] or ["story"])
