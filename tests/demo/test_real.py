@@ -95,6 +95,27 @@ def test_report_shows_failures_like_successes_and_what_it_cost(tmp_path, capsys)
     assert "| loss | 3.500 | 3.250 |" in capsys.readouterr().out
 
 
+def test_publishing_replaces_what_stood_between_the_marks_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(real, "ROOT", str(tmp_path))
+    for folder in ("docs", "assets", "run"):
+        (tmp_path / folder).mkdir()
+    for page in ("README.md", "docs/real_model.md"):
+        (tmp_path / page).write_text("# Title\n\n<!-- report -->\nold\n<!-- end of report -->\n\nThe end.\n")
+    table = "| on 96 held-out tasks | base |\n|---|---:|\n| loss | 3.5 |"
+    report = f"# Title\n\n`make real` · CPU · commit 1\n\n![It](report.png)\n\n{table}\n\n## Side by side\n\nrows\n"
+    (tmp_path / "run" / "report.md").write_text(report)
+    (tmp_path / "run" / "report.png").write_bytes(b"a picture")
+    for _ in range(2):
+        real.publish(str(tmp_path / "run"))
+    assert (tmp_path / "README.md").read_text() == (
+        f"# Title\n\n<!-- report -->\n\n{table}\n\n`make real` · CPU · commit 1\n\n<!-- end of report -->\n\nThe end.\n"
+    )
+    page = (tmp_path / "docs" / "real_model.md").read_text()
+    assert "![It](../assets/real_report.png)" in page
+    assert "\n### Side by side\n" in page
+    assert (tmp_path / "assets" / "real_report.png").read_bytes() == b"a picture"
+
+
 def test_a_step_that_fails_ends_the_story_with_its_status():
     with pytest.raises(UserError, match="ended with exit status 2; the story stops here"):
         real.run("python -m demo.real split --data_path nothing.json")
