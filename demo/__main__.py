@@ -188,8 +188,9 @@ def main():
         if probe.connect_ex(("127.0.0.1", int(port))) == 0:
             refuse(f"port {port} is in use; leave PORT out or choose another: make demo PORT=8765")
     if os.path.exists(OUTPUT):
-        print(f"Removing {OUTPUT}, made by an earlier demo.")
-        shutil.rmtree(OUTPUT)
+        print(f"Removing what an earlier demo left in {OUTPUT}.")
+        for name in set(os.listdir(OUTPUT)) - {"real"}:  # the results of `make real`
+            shutil.rmtree(f"{OUTPUT}/{name}")
     started = time.monotonic()
     generate(port)
     steps = fine_tune(free_port())
