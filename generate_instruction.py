@@ -15,6 +15,7 @@ import os
 import re
 import string
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -144,6 +145,7 @@ def generate_instruction_following_data(
     dry_run: bool = False,
     max_retries: int = 8,
     request_timeout: float = 600.0,
+    max_outage: float = 600.0,
     similarity_threshold: float = 0.7,
     min_words: int = 4,
     max_words: int = 150,
@@ -164,7 +166,7 @@ def generate_instruction_following_data(
         base_url: The server, as http://host:port/v1. By default OPENAI_BASE_URL, or OpenAI itself.
         api: Which API to use: chat, completions, or auto, which is chat if the server has it for the model.
         prompt_path: File with the text that heads every prompt.
-        seed: Seed for sampling the seed tasks of each prompt.
+        seed: Seed for sampling the seed tasks of each prompt, and for the server's own sampling if it takes one.
         max_tokens: Maximum number of tokens in one completion.
         logit_bias: JSON object of token ids and biases, as {"50256": -100}. Token ids are the model's own.
         max_requests: Stop after this many requests and keep all their tasks, even if the target isn't met.
@@ -175,7 +177,8 @@ def generate_instruction_following_data(
         batch_api: Use OpenAI's Batch API, which takes up to a day at half the price.
         dry_run: Print the first prompt and an estimate of the cost, and send nothing.
         max_retries: Retries of one request after failures that may pass (429, 5xx, a lost connection).
-        request_timeout: Seconds to wait for one answer.
+        request_timeout: Seconds to wait for one whole answer.
+        max_outage: Seconds to wait for a server that has gone down, and the longest Retry-After to obey.
         similarity_threshold: Drop tasks with a higher ROUGE-L F score than this with any earlier instruction.
         min_words: Drop instructions with fewer words than this.
         max_words: Drop instructions with more words than this.
@@ -186,7 +189,7 @@ def generate_instruction_following_data(
     if config.dry_run:
         print(f"{prompts.of(0)}\n\n{estimate_cost(prompts.of(0), config)}")
         return
-    client = Client(config.base_url, config.api, config.max_retries, config.request_timeout, log)
+    client = Client(config.base_url, config.api, config.max_retries, config.request_timeout, log, config.max_outage)
     with writing_to(config.output_dir), RequestJournal(config.output_dir) as journal:
         if not config.batch_api:
             refuse_waiting_batch(config.output_dir)
@@ -200,7 +203,8 @@ def generate_instruction_following_data(
     if outcome.failure:
         raise outcome.failure
     if outcome.stopped and harvest.remaining:
-        print(f"Stopped before {harvest.target} tasks: {outcome.stopped}. Run the same command to continue.")
+        how = "Run the same command" if outcome.interrupted else "Run it again with a higher limit"
+        print(f"Stopped before {harvest.target} tasks: {outcome.stopped}. {how} to continue.")
     if outcome.interrupted:
         raise KeyboardInterrupt
 
@@ -213,6 +217,7 @@ async def _ask(
         model = config.model_name or journal.model or await client.only_model()
         settings = prompts.settings(earlier=harvest.kept)
         journal.check(model, settings)
+        output.refuse_foreign(partial(_harvest_again, config, prompts.seed_tasks, journal.records, harvest.kept[:]))
         spending = Spending(config, find_prices(model, config))
         run = Run(config, prompts.of, harvest, journal, spending, model, settings, output.write_now_and_then)
         ask = ask_in_batches if config.batch_api else ask_live
@@ -225,6 +230,16 @@ async def _ask(
         output.write(harvest)
         print(closing_table(harvest, spending, model, len(journal.records), run.answered))
     return outcome
+
+
+def _harvest_again(
+    config: Config, seed_tasks: Sequence[dict], records: dict[int, dict], earlier: Sequence[dict], target: int | None
+) -> Harvest:
+    """Takes the answers of a journal in order, up to the first that is missing or to so many tasks."""
+    harvest = start_harvest(replace(config, num_instructions_to_generate=target), seed_tasks, earlier)
+    while harvest.remaining and harvest.answers in records:
+        harvest.add(records[harvest.answers])
+    return harvest
 
 
 def replay(
@@ -255,16 +270,24 @@ def replay(
     records = read_requests(journal_path)
     if not records:
         raise UserError(f"{journal_path} holds no answers")
-    if os.path.realpath(output_dir) == os.path.dirname(os.path.realpath(journal_path)):
-        raise UserError(f"{output_dir} holds the journal and the run's own files; name another --output_dir")
-    count = next(iter(records.values()))["settings"]["num_prompt_instructions"]
+    if os.path.exists(os.path.join(output_dir, "requests.jsonl")):
+        raise UserError(f"{output_dir} holds a journal and its run's own files; name another --output_dir")
+    index, record = next(iter(records.items()))
+    count = record["settings"].get("num_prompt_instructions")
+    if type(count) is not int or count < 1:
+        raise UserError(
+            f"{journal_path}: the settings of request {index} have no num_prompt_instructions, which says where its "
+            "tasks begin; add it"
+        )
     config = Config(num_prompt_instructions=count, **flags)
+    output = OutputFolder(output_dir)
+    output.refuse_foreign()
     harvest = start_harvest(config, load_seed_tasks(seed_tasks_path))
     for _, record in sorted(records.items()):
         if harvest.remaining:
             harvest.add(record)
     with writing_to(output_dir):
-        OutputFolder(output_dir).write(harvest)
+        output.write(harvest)
     print(table(harvest, [("answers", len(records), f"of {journal_path}")]))
 
 

@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 from alpaca.cli import UserError
@@ -112,6 +113,67 @@ def nearest_existing(path: str) -> str:
     return path
 
 
+class OwnFiles:
+    """The files of a folder that a script may replace, because it can prove that it wrote them.
+
+    The proof is `.written.json`: file name -> the sha256 of every content that is the script's own. It is written
+    before the files are, with what is there and what will be there, so it holds whenever a crash comes. A file that
+    somebody else made or edited is in no proof.
+    """
+
+    def __init__(self, folder: str) -> None:
+        """Reads the proof, if there is one.
+
+        Raises:
+            UserError: It is damaged.
+        """
+        self.folder, self._path = folder, os.path.join(folder, ".written.json")
+        self._proof = jload(self._path) if os.path.exists(self._path) else {}
+        if not isinstance(self._proof, dict) or not all(isinstance(own, list) for own in self._proof.values()):
+            raise UserError(f"{self._path} is not a list of hashes by file name; remove it")
+
+    def foreign(self, names: Iterable[str]) -> list[str]:
+        """Returns those of the files that exist and can't be proven to be the script's own."""
+        return [name for name in names if (found := self._hash(name)) and found not in self._proof.get(name, [])]
+
+    def adopt(self, name: str) -> None:
+        """Makes a file the script's own that was proven in another way, or whose content is safe elsewhere."""
+        self._note({name: [self._hash(name)]})
+
+    def replace(self, texts: dict[str, str]) -> None:
+        """Writes files, each atomically.
+
+        Args:
+            texts: File name -> the new content.
+
+        Raises:
+            UserError: A file there is somebody else's. Nothing is written.
+        """
+        self.refuse(self.foreign(texts))
+        new = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        self._note({name: [*filter(None, [self._hash(name)]), new[name]] for name in texts})
+        for name, text in texts.items():
+            with atomic_write(os.path.join(self.folder, name), "wb") as file:
+                file.write(text.encode())
+
+    def refuse(self, foreign: list[str]) -> None:
+        """Raises UserError if there are any such files."""
+        if foreign:
+            path = os.path.join(self.folder, foreign[0])
+            raise UserError(f"{path} is not as this script wrote it; move it away, or name another --output_dir")
+
+    def _note(self, hashes: dict[str, list[str]]) -> None:
+        self._proof.update(hashes)
+        jdump(self._proof, self._path)
+
+    def _hash(self, name: str) -> str | None:
+        try:
+            with open(os.path.join(self.folder, name), "rb") as file:
+                return hashlib.sha256(file.read()).hexdigest()
+        except FileNotFoundError:
+            return None
+
+
 def jdump(obj: Any, f: str | os.PathLike | IO, mode: str = "w", indent: int = 4, default: Callable = str) -> None:
     """Writes a dict or list as JSON, or a string as it is.
 
@@ -128,11 +190,7 @@ def jdump(obj: Any, f: str | os.PathLike | IO, mode: str = "w", indent: int = 4,
     """
     if not isinstance(obj, (dict, list, str)):
         raise ValueError(f"jdump writes a dict, list or str; got {type(obj).__name__}")
-    text = obj
-    if not isinstance(obj, str):
-        text = json.dumps(obj, indent=indent, default=default, ensure_ascii=False)
-        # A lone surrogate can't be encoded as UTF-8, so it stays an escape, as it was in the JSON it came from.
-        text = LONE_SURROGATE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+    text = obj if isinstance(obj, str) else json_text(obj, indent, default)
     if hasattr(f, "write"):
         with f:
             f.write(text)
@@ -142,6 +200,13 @@ def jdump(obj: Any, f: str | os.PathLike | IO, mode: str = "w", indent: int = 4,
     else:
         with open(f, mode, encoding="utf-8") as file:
             file.write(text)
+
+
+def json_text(obj: Any, indent: int | None = 4, default: Callable = str) -> str:
+    """Returns an object as JSON that can be written as UTF-8; see `jdump` for the arguments."""
+    text = json.dumps(obj, indent=indent, default=default, ensure_ascii=False)
+    # A lone surrogate can't be encoded as UTF-8, so it stays an escape, as it was in the JSON it came from.
+    return LONE_SURROGATE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 def jload(f: str | os.PathLike | IO, mode: str = "r") -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alpaca.cli import UserError
-from alpaca.files import lock
+from alpaca.files import lock, parse_json
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def read_journal(path: str, format: Format) -> tuple[dict[Hashable, dict[str, An
         last = number == len(lines)
         if line.strip():
             record = None
-            with contextlib.suppress(ValueError, RecursionError):
-                record = json.loads(line)
+            with contextlib.suppress(UserError):
+                record = parse_json(line, path, number)
             if record is None and last and format.begins_like_a_line(line):
                 break
             key = format.key_of(record)

@@ -6,7 +6,8 @@ In a test: `with Server(models=["tiny"]) as server: ... server.base_url`. `serve
 completions, one each, for instance
     {"status": 429, "error": {...}, "headers": {"Retry-After": "1"}}   {"drop": True}   {"half": True}   {"raw": "hi"}
 or a function from the request's body to a fault. `server.refuses` maps a parameter to the status and body with which
-every request that has it is refused.
+every request that has it is refused. `Server(context=2048, wording="vllm")` has a model with so short a context and
+refuses in the words of that server. `server.down = 503, {...}` answers everything like that.
 """
 
 import hashlib
@@ -58,8 +59,12 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, models=("tiny",), key=None, seconds_per_answer=0.0, apis=("chat", "completions"), answer=None):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(
+        self, models=("tiny",), key=None, seconds_per_answer=0.0, apis=("chat", "completions"), answer=None,
+        context=None, wording="openai", port=0,
+    ):  # fmt: skip
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.context, self.wording, self.down, self.probes = context, wording, None, 0
         self.models, self.key, self.seconds, self.apis = list(models), key, seconds_per_answer, apis
         self.answer = answer or completion_for
         self.base_url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -81,6 +86,10 @@ class Server(ThreadingHTTPServer):
         """Prints errors, but not that a client has hung up: many tests do."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
+
+    def model_list(self) -> dict:
+        """Returns the body of /models."""
+        return {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
 
     def prompts(self) -> list[str]:
         """Returns the prompts of all requests in order of arrival."""
@@ -111,6 +120,9 @@ class Server(ThreadingHTTPServer):
         for name, refusal in self.refuses.items():
             if name in body:
                 return refusal
+        if self.context:
+            limit = next((name for name in ("max_tokens", "max_completion_tokens") if name in body), "max_tokens")
+            return too_long(self.wording, self.context, len(_prompt_of(body)) // 4, limit, body.get(limit, 16))
         return None
 
 
@@ -118,6 +130,48 @@ def unsupported(name: str, hint: str = "") -> tuple[int, dict]:
     """Returns status and body with which OpenAI refuses a parameter."""
     message = f"Unsupported parameter: '{name}' is not supported with this model. {hint}"
     error = {"message": message, "type": "invalid_request_error", "param": name, "code": "unsupported_parameter"}
+    return 400, {"error": error}
+
+
+def too_long(wording: str, context: int, prompt: int, limit: str, asked: int) -> tuple[int, dict] | None:
+    """Returns status and body with which a server refuses more tokens than its model's context has, None if they fit.
+
+    The words of vLLM (0.32), llama.cpp (build 11434) and litellm were recorded from those servers, OpenAI's are those
+    that its users quote. vLLM and llama.cpp cut an answer short where the context ends, so they refuse less.
+    """
+    model_has = f"This model's maximum context length is {context} tokens. However, "
+    if wording == "vllm":
+        if asked > context:
+            said = (
+                f"{limit}={asked} cannot be greater than max_model_len={context}. Please request fewer output tokens. "
+            )
+            param, value = limit, asked
+        elif prompt > context:
+            said = (
+                f"{model_has}your prompt contains at least {context + 1} input tokens, which exceeds this limit even "
+            )
+            said += "without any output tokens. Please reduce the length of the input prompt. "
+            param, value = "input_tokens", context + 1
+        else:
+            return None
+        said += f"(parameter={param}, value={value})"
+        return 400, {"error": {"message": said, "type": "BadRequestError", "param": param, "code": 400}}
+    if wording == "llama.cpp":
+        if prompt < context:
+            return None
+        said = f"request ({prompt} tokens) exceeds the available context size ({context} tokens), try increasing it"
+        error = {"code": 400, "message": said, "type": "exceed_context_size_error"}
+        return 400, {"error": {**error, "n_prompt_tokens": prompt, "n_ctx": context}}
+    if prompt + asked <= context:
+        return None
+    said = f"{model_has}you requested {prompt + asked} tokens ({prompt} in the messages, {asked} in the completion). "
+    said += "Please reduce the length of the messages or completion."
+    if prompt >= context:
+        said = f"{model_has}your messages resulted in {prompt} tokens. Please reduce the length of the messages."
+    error = {"message": said, "type": "invalid_request_error", "param": "messages", "code": "context_length_exceeded"}
+    if wording == "litellm":
+        said = f"litellm.BadRequestError: litellm.ContextWindowExceededError: OpenAIException - {said}"
+        error = {"message": said, "type": None, "param": None, "code": "400"}
     return 400, {"error": error}
 
 
@@ -154,8 +208,12 @@ class _Handler(BaseHTTPRequestHandler):
         path, server = self.path.split("?")[0], self.server
         if self._refuses_key():
             return
+        server.probes += path.endswith("/models")
+        if server.down:
+            self._send(*server.down)
+            return
         if path.endswith("/models"):
-            self._send(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in server.models]})
+            self._send(200, server.model_list())
         elif path.endswith("/batches"):
             data = list(server.batches.values())[::-1]
             self._send(200, {"object": "list", "data": data, "has_more": False})
@@ -211,6 +269,10 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         if fault.get("drop"):
             self.close_connection = True
+        elif server.down:
+            self._send(*server.down)
+        elif "drip" in fault:
+            self._drip(json.dumps(server.completion(path, body)).encode(), fault["drip"])
         elif "status" in fault:
             self._send(
                 fault["status"], {"error": fault.get("error", {"message": "told to fail"})}, fault.get("headers")
@@ -231,6 +293,19 @@ class _Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.answered += 1
             self._send(200, server.completion(path, body))
+
+    def _drip(self, data, seconds):
+        """Sends an answer byte by byte with pauses, as long as the client listens."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        try:
+            for i in range(len(data)):
+                self.wfile.write(data[i : i + 1])
+                time.sleep(seconds)
+        except OSError:
+            self.close_connection = True
 
     def _upload(self, data):
         boundary = self.headers["Content-Type"].split("boundary=")[1].encode()

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import urllib.request
 
 import pytest
 from generation_runs import SEEDS, fails, generate, journal, outputs, start
-from openai_server import Server
+from openai_server import Server, unsupported
 
 import generate_instruction
 from alpaca.files import jload
@@ -112,7 +113,7 @@ def test_default_request_asks_for_what_the_original_asked_without_stop_or_logit_
     path, body = server.requests[0]
     assert path == "/v1/completions"
     assert isinstance(body.pop("prompt"), str)
-    assert body == {"model": "tiny", "max_tokens": 3072, "temperature": 1.0, "top_p": 1.0}
+    assert body == {"model": "tiny", "max_tokens": 3072, "temperature": 1.0, "top_p": 1.0, "seed": 0}
     server.requests.clear()
     generate(server, "biased", logit_bias='{"50256": -100}')
     assert server.requests[0][1]["logit_bias"] == {"50256": -100}
@@ -122,7 +123,7 @@ def test_max_requests_keeps_all_that_those_requests_yield(folder, server, capsys
     generate(server, num_instructions_to_generate=10_000, max_requests=3, request_batch_size=2)
     assert len(jload("out/regen.json")) == 51
     assert len(server.requests) == 3
-    assert "--max_requests 3 is reached" in capsys.readouterr().out
+    assert "--max_requests 3 is reached. Run it again with a higher limit to continue." in capsys.readouterr().out
 
 
 def test_sigkill_at_twenty_moments_changes_nothing_and_repeats_no_journaled_request(folder, server):
@@ -227,6 +228,18 @@ def test_no_key_and_no_server_is_one_line_with_both_ways_out(folder, capsys):
         ({"similarity_threshold": 7}, "from 0 to 1"),
         ({"price_input": 1}, "--price_input and --price_output go together"),
         ({"price_input": -1, "price_output": 1}, "must be 0 or more"),
+        ({"price_input": "inf"}, "--price_input must be a number"),
+        ({"temperature": -0.1}, "--temperature must be 0 or more, found -0.1"),
+        ({"top_p": 0}, "--top_p must be above 0 and at most 1"),
+        ({"max_requests": -1}, "--max_requests must be 0 or more"),
+        ({"max_cost_usd": -1}, "--max_cost_usd must be 0 or more"),
+        ({"max_tokens_total": -1}, "--max_tokens_total must be 0 or more"),
+        ({"max_retries": -1}, "--max_retries must be 0 or more"),
+        ({"max_outage": -1}, "--max_outage must be 0 or more"),
+        ({"min_words": 10, "max_words": 2}, "--min_words 10 and --max_words 2 leave no task"),
+        ({"min_words": -1}, "--min_words must be 0 or more"),
+        ({"logit_bias": "[" * 5000}, "must be a JSON object"),
+        ({"base_url": ""}, "--base_url is empty"),
         ({"max_cost_usd": "nan"}, "--max_cost_usd must be a number"),
         ({"request_timeout": 0}, "--request_timeout must be above 0"),
         ({"num_instructions_to_generate": 0}, "--num_instructions_to_generate must be 1 or more"),
@@ -241,6 +254,57 @@ def test_no_key_and_no_server_is_one_line_with_both_ways_out(folder, capsys):
 def test_wrong_flags_are_one_line(folder, server, capsys, change, said):
     assert said in fails(capsys, server, **{"output_dir": "out", **change})
     assert not server.requests
+
+
+@pytest.mark.parametrize("wording", ["openai", "vllm", "llama.cpp"])
+def test_a_prompt_that_does_not_fit_is_journaled_and_the_run_goes_on(folder, capsys, wording):
+    seeds = (folder / "seed_tasks.jsonl").read_text()
+    (folder / "seed_tasks.jsonl").write_text(seeds.replace('"..."', f'"{"long " * 2000}"', 5))
+    with Server(context=2048, wording=wording) as server:
+        generate(server, num_instructions_to_generate=300)
+        records = journal(folder / "out")
+        too_long = [record for record in records if record["finish_reason"] == "prompt_too_long"]
+        assert 0 < len(too_long) < len(records)
+        assert all((record["text"], record["usage"]["total_tokens"]) == ("", 0) for record in too_long)
+        assert re.search(rf"prompt_too_long +{len(too_long)}\n", capsys.readouterr().out)
+        refused = {prompt for prompt in server.prompts() if "long long" in prompt}
+        server.requests.clear()
+        generate(server, num_instructions_to_generate=400)
+        assert not refused & set(server.prompts())
+    assert len(jload("out/regen.json")) == 400
+
+
+def test_each_request_has_a_seed_of_its_own_until_the_server_refuses_it(folder, server, capsys):
+    generate(server)
+    seeds = [body["seed"] for _, body in server.requests]
+    assert len(set(seeds)) == len(seeds) == 3
+    server.requests.clear()
+    server.refuses["seed"] = unsupported("seed")
+    generate(server, "again")
+    assert [body.get("seed") for _, body in server.requests] == [0, None, None, None]
+    assert capsys.readouterr().err.count("The server refuses seed; leaving it out.") == 1
+    assert outputs(folder / "again") == outputs(folder / "out")
+
+
+def test_an_emoji_survives_a_terminal_that_cannot_show_it(folder, server, monkeypatch):
+    server.models = ["tiny \U0001f999"]
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    process = start(server)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, "Traceback" in err) == (0, False)
+    assert r"tiny \U0001f999" in out
+
+
+@pytest.mark.parametrize("count", [None, "3", 0, [3]])
+def test_replay_of_a_journal_without_the_number_of_seed_tasks_is_one_line(folder, server, capsys, count):
+    generate(server)
+    path = folder / "out" / "requests.jsonl"
+    field = "" if count is None else f'"num_prompt_instructions": {json.dumps(count)}, '
+    path.write_text(path.read_text().replace('"num_prompt_instructions": 3, ', field))
+    with pytest.raises(SystemExit) as stop:
+        generate_instruction.main(["replay", f"--journal_path={path}", "--output_dir=again"])
+    assert stop.value.code == 2
+    assert "requests.jsonl: the settings of request 0 have no num_prompt_instructions" in capsys.readouterr().err
 
 
 def test_help_names_every_flag_at_once(root):

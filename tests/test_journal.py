@@ -50,7 +50,18 @@ def test_last_record_without_its_newline_is_whole(path):
     assert path.read_bytes() == LINES
 
 
-@pytest.mark.parametrize("text", [b"[1, 2", b"Dear diary", b'{"name": 1}\n', b'{"key": "a"}\nDear diary\n', b"\xff\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[1, 2",
+        b"Dear diary",
+        b'{"name": 1}\n',
+        b'{"key": "a"}\nDear diary\n',
+        b"\xff\n",
+        b"[" * 5000 + b"\n",
+        b'{"key": ' + b"1" * 5000 + b"}\n",
+    ],
+)
 def test_foreign_file_is_left_byte_for_byte(path, text):
     path.write_bytes(text)
     with pytest.raises(UserError, match=r"line \d: not a record of a test; restore or remove it, .* another --output"):

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from alpaca.cli import UserError
-from alpaca.client import Client, Completion, Malformed, read_completion
-from alpaca.files import jdump, jload
-from alpaca.generation.run import Outcome, Run
+from alpaca.client import Client, Completion, Lesson, Malformed, clean, read_completion
+from alpaca.files import jdump, jload, parse_json
+from alpaca.generation.run import PROMPT_TOO_LONG, Outcome, Run
 from alpaca.journal import check_settings
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 200 * 1000 * 1000  # of one input file (platform.openai.com/docs/guides/batch)
@@ -63,6 +63,10 @@ async def ask_in_batches(run: Run, client: Client, show: Callable[[int], None]) 
             raise UserError(
                 f"{error}; run the same command to try this batch again, or delete {path} to ask and pay again"
             ) from error
+        for index, error in list(errors.items()):
+            if (lesson := _lesson(run, client, state, *error)) and lesson.prompt_too_long:
+                answers[index] = PROMPT_TOO_LONG
+                del errors[index]
         run.take({index: answer for index, answer in answers.items() if index not in run.journal.records})
         os.unlink(path)
         failures.update(list(errors))
@@ -80,7 +84,7 @@ async def _resume_or_start(run: Run, client: Client, path: str) -> dict[str, Any
     """
     settings = {"model": run.model, **run.settings}
     if os.path.exists(path):
-        state = jload(path)
+        state = _read_state(path)
         check_settings(path, state["settings"], settings)
     else:
         indices, lines = _requests(run, client)
@@ -96,6 +100,15 @@ async def _resume_or_start(run: Run, client: Client, path: str) -> dict[str, Any
     return state
 
 
+def _read_state(path: str) -> dict[str, Any]:
+    state = jload(path)
+    kinds = {"tag": str, "settings": dict, "indices": list, "api": str, "input_file_id": str}
+    fits = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kinds.items())
+    if not fits or not all(type(index) is int for index in state["indices"]) or "batch_id" not in state:
+        raise UserError(f"{path} is not the state of a batch; restore it, or delete it to ask and pay again")
+    return state
+
+
 def _requests(run: Run, client: Client) -> tuple[list[int], list[bytes]]:
     """Returns indices and lines of the next batch: as many as are probably needed, within the limits."""
     indices: set[int] = set()
@@ -105,7 +118,7 @@ def _requests(run: Run, client: Client) -> tuple[list[int], list[bytes]]:
         index = run.next_request(indices, index + 1)
         if index is None:
             break
-        api, body = client.request(run.prompt_of(index), run.model, run.parameters)
+        api, body = client.request(run.prompt_of(index), run.model, run.parameters_of(index))
         request = {"custom_id": str(index), "method": "POST", "url": _ENDPOINTS[api], "body": body}
         line = json.dumps(request, ensure_ascii=False).encode() + b"\n"
         size += len(line)
@@ -117,9 +130,19 @@ def _requests(run: Run, client: Client) -> tuple[list[int], list[bytes]]:
 
 
 async def _upload(client: Client, lines: list[bytes]) -> str:
-    content = ("requests.jsonl", b"".join(lines))
-    file = await client.patiently(lambda: client.openai.files.create(file=content, purpose="batch"))
-    return file.id
+    import openai
+
+    async def upload() -> str:
+        try:
+            content = ("requests.jsonl", b"".join(lines))
+            return (await client.openai.files.create(file=content, purpose="batch")).id
+        except openai.APIStatusError as error:
+            if error.status_code not in (404, 405, 501):
+                raise
+            found = f"{client.url} has no Batch API: it answered {error.status_code} to /files"
+            raise UserError(clean(f"{found}; leave out --batch_api")) from error
+
+    return await client.patiently(upload)
 
 
 async def _create(client: Client, state: dict[str, Any]) -> str:
@@ -185,11 +208,11 @@ async def _result_lines(client: Client, file_id: str) -> list[tuple[int, int, An
     for number, line in enumerate(content.text.split("\n"), start=1):
         if line.strip():
             try:
-                result = json.loads(line)
+                result = parse_json(line, f"the batch's file {file_id}", number)
                 response = result.get("response") or {}
                 body = response.get("body") or result.get("error") or {}
                 results.append((int(result["custom_id"]), response.get("status_code", 0), body))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise Malformed(f"line {number} of the batch's file {file_id} is no result") from error
     return results
 
@@ -203,18 +226,22 @@ def _check_errors(
         UserError: The next batch would fail like this one.
     """
     learned = False
-    _, sent = client.request("", run.model, run.parameters)
     for index, (status, body) in errors.items():
-        fields = {name: body.get(name) for name in ("code", "param", "type")}
-        error = SimpleNamespace(status_code=status, body=body, **fields)
-        if lesson := client.lesson(error, sent, state["api"]):
+        if lesson := _lesson(run, client, state, status, body):
             client.learn(lesson)
             learned = True
         if failures[index] >= _TRIES or not (learned or answers):
-            said = " ".join(str(body.get("message") or body).split())[:300]
+            said = clean(str(body.get("message") or body))[:300]
             raise UserError(f"batch {batch.id}, request {index} failed with status {status}: {said}")
     if not answers and not learned:
         said = (
             "; ".join(error.message or "" for error in (batch.errors.data or [])) if batch.errors else "no reason given"
         )
-        raise UserError(f"batch {batch.id} {batch.status} without an answer: {said}")
+        raise UserError(clean(f"batch {batch.id} {batch.status} without an answer: {said}"))
+
+
+def _lesson(run: Run, client: Client, state: dict, status: int, body: dict) -> Lesson | None:
+    """Returns what the refusal of one of a batch's requests teaches; see `Client.lesson`."""
+    _, sent = client.request("", run.model, run.parameters_of(0))
+    fields = {name: body.get(name) for name in ("code", "param", "type")}
+    return client.lesson(SimpleNamespace(status_code=status, body=body, **fields), sent, state["api"])

@@ -2,18 +2,24 @@
 
 import contextlib
 import functools
-import json
 import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from alpaca.cli import UserError
+from alpaca.files import parse_json
 
 # Things that a text model can neither take nor give: the original's list.
 KEYWORDS = (
     "image,images,graph,graphs,picture,pictures,file,files,map,maps,draw,plot,go to,video,audio,music,flowchart,diagram"
 )
+
+
+_NOT_NEGATIVE = (
+    "temperature", "max_retries", "max_outage", "max_requests", "max_cost_usd", "max_tokens_total", "min_words",
+    "max_words",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,12 @@ class Config:
     model_name: str | None = None  # None: the only model that the server has
     api: str = "auto"  # "chat", "completions" or "auto"; checked by the client
     max_retries: int = 8  # tries after the first one, for each request
-    request_timeout: float = 600.0  # seconds
+    request_timeout: float = 600.0  # seconds, for the whole answer
+    max_outage: float = 600.0  # seconds that the server may be down; no Retry-After is obeyed for longer
 
     # What each request asks
     num_prompt_instructions: int = 3  # seed tasks in a prompt
-    seed: int = 0  # with the request's index it decides which ones
+    seed: int = 0  # with the request's index it decides which ones, and how the server samples
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = 3072  # of one completion; the client asks for fewer if the model's context is too short
@@ -69,10 +76,17 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} must be 1 or more, found {value}")
+        for name in _NOT_NEGATIVE:
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"--{name} must be 0 or more, found {getattr(self, name)}")
         if self.request_timeout <= 0:
             raise UserError(f"--request_timeout must be above 0, found {self.request_timeout}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p must be above 0 and at most 1, found {self.top_p}")
         if not 0 <= self.similarity_threshold <= 1:
             raise UserError(f"--similarity_threshold must be from 0 to 1, found {self.similarity_threshold}")
+        if self.min_words > self.max_words:
+            raise UserError(f"--min_words {self.min_words} and --max_words {self.max_words} leave no task; swap them")
         if os.path.isfile(self.output_dir):
             raise UserError(f"--output_dir {self.output_dir} is a file; name a folder")
         prices = [price for price in (self.price_input, self.price_output) if price is not None]
@@ -96,7 +110,7 @@ class Config:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        if isinstance(value := json.loads(text), dict):
+    with contextlib.suppress(UserError):
+        if isinstance(value := parse_json(text, "--logit_bias"), dict):
             return value
-    raise UserError(f'--logit_bias must be a JSON object like {{"50256": -100}}, found {text!r}')
+    raise UserError(f'--logit_bias must be a JSON object like {{"50256": -100}}, found {text!r:.80}')

@@ -6,8 +6,8 @@ import signal
 from collections.abc import Callable, Iterator
 
 from alpaca.cli import UserError
-from alpaca.client import Client
-from alpaca.generation.run import Outcome, Run
+from alpaca.client import Client, PromptTooLong
+from alpaca.generation.run import PROMPT_TOO_LONG, Outcome, Run
 
 
 async def ask_live(run: Run, client: Client, show: Callable[[int], None]) -> Outcome:
@@ -61,7 +61,7 @@ class _Flight:
             index = run.next_request(in_flight)
             if index is None:
                 break
-            request = self.client.complete(run.prompt_of(index), run.model, **run.parameters)
+            request = self.client.complete(run.prompt_of(index), run.model, **run.parameters_of(index))
             self.requests[asyncio.ensure_future(request)] = index
 
     def _width(self) -> int:
@@ -84,6 +84,8 @@ class _Flight:
                 self.harvesting = None
             try:
                 result = future.result()
+            except PromptTooLong:
+                answers[index] = PROMPT_TOO_LONG
             except UserError as error:
                 self.failure = self.failure or error
                 self.client.give_up()

@@ -76,8 +76,8 @@ class Harvest:
             nearest = {} if bad else {"nearest_instruction": verdict.nearest, "score": verdict.score}
             self._reject(record, reason, {**task, **nearest})
         if not tasks:
-            filtered = record["finish_reason"] == "content_filter"
-            self._reject(record, "content_filter" if filtered else "empty_answer", {})
+            known = record["finish_reason"] in ("content_filter", "prompt_too_long")
+            self._reject(record, record["finish_reason"] if known else "empty_answer", {})
         self.answers += 1
         self.parsed += malformed.count(False)
         self.empty_answers = 0 if any(verdict.kept for verdict in verdicts) else self.empty_answers + 1

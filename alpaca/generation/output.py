@@ -1,16 +1,14 @@
 """The output folder: files made from the journal, and files that were there before."""
 
 import contextlib
-import json
 import os
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from alpaca.cli import UserError
-from alpaca.files import atomic_write, jdump
+from alpaca.files import OwnFiles, jload, json_text, parse_json, read_text
 from alpaca.generation.harvest import Harvest
 from alpaca.records import load_examples
 
@@ -19,7 +17,7 @@ _SECONDS_BETWEEN_WRITES = 30.0
 
 @dataclass
 class OutputFolder:
-    """The three files that are made from the journal and can be made again from it.
+    """The three files that are made from the journal and can be made again from it. Nobody else's are replaced.
 
     Attributes:
         folder: Where they are.
@@ -31,13 +29,57 @@ class OutputFolder:
     _written: float = field(default_factory=time.monotonic)
     _took: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._own = OwnFiles(self.folder)
+
+    @property
+    def _names(self) -> tuple[str, str, str]:
+        return "regen.json", self.data_file, "rejected.jsonl"
+
     def write(self, harvest: Harvest) -> None:
-        """Replaces regen.json, the file for train.py and rejected.jsonl, each atomically."""
-        jdump(harvest.kept, os.path.join(self.folder, "regen.json"))
-        slim = [{name: task.get(name, "") for name in ("instruction", "input", "output")} for task in harvest.kept]
-        jdump(slim, os.path.join(self.folder, self.data_file))
-        with atomic_write(os.path.join(self.folder, "rejected.jsonl")) as file:
-            file.writelines(json.dumps(task, ensure_ascii=False) + "\n" for task in harvest.rejected)
+        """Replaces regen.json, the file for train.py and rejected.jsonl, each atomically.
+
+        Raises:
+            UserError: Somebody has edited one of them since this script wrote it. Nothing is written.
+        """
+        self._own.replace(dict(zip(self._names, _contents(harvest), strict=True)))
+
+    def refuse_foreign(self, remake: Callable[[int | None], Harvest] | None = None) -> None:
+        """Checks that a run will replace nobody else's files.
+
+        Args:
+            remake: Makes the harvest of the journal again, up to so many tasks. It proves files of an earlier version
+                of this script, which kept no proof: the beginning of what the journal yields is the script's own.
+
+        Raises:
+            UserError: A file is somebody else's, or was edited.
+        """
+        foreign = self._own.foreign(self._names)
+        if foreign and remake:
+            regen = os.path.join(self.folder, "regen.json")
+            kept = len(_read(regen) or [])
+            made = [_records(remake(target)) for target in {None, kept or None}]
+            for name in foreign:
+                found = _read(os.path.join(self.folder, name))
+                position = self._names.index(name)
+                if found is not None and any(found == records[position][: len(found)] for records in made):
+                    self._own.adopt(name)
+        self._own.refuse(self._own.foreign(self._names))
+
+    def begin(self) -> None:
+        """Before the first answer, keeps what is in the folder: see `open_output`.
+
+        Raises:
+            UserError: A file that this would replace is somebody else's.
+        """
+        path = os.path.join(self.folder, "regen.json")
+        if os.path.exists(path):
+            self._own.replace({"regen_start.json": read_text(path)})
+            self._own.adopt("regen.json")
+        if os.path.exists(os.path.join(self.folder, "alpaca_data.json")):
+            beside = "regen_alpaca_data.json"
+            if not os.path.exists(os.path.join(self.folder, beside)):
+                self._own.replace({beside: json_text([])})
 
     def write_now_and_then(self, harvest: Harvest) -> None:
         """Writes the files every 30 seconds, or less often if writing would take over a tenth of the time.
@@ -66,18 +108,34 @@ def open_output(folder: str, is_new_run: bool) -> tuple[OutputFolder, list[dict[
     Raises:
         UserError: regen.json, or later regen_start.json, holds no tasks.
     """
-    regen, start, taken, beside = (
-        os.path.join(folder, name)
-        for name in ("regen.json", "regen_start.json", "alpaca_data.json", "regen_alpaca_data.json")
-    )
     if is_new_run:
-        if os.path.exists(regen):
-            shutil.copyfile(regen, start + ".tmp")
-            os.replace(start + ".tmp", start)
-        if os.path.exists(taken) and not os.path.exists(beside):
-            jdump([], beside)
+        OutputFolder(folder).begin()
+    start, beside = (os.path.join(folder, name) for name in ("regen_start.json", "regen_alpaca_data.json"))
     earlier = load_examples(start, require_output=False) if os.path.exists(start) else []
-    return OutputFolder(folder, os.path.basename(beside if os.path.exists(beside) else taken)), earlier
+    return OutputFolder(folder, os.path.basename(beside) if os.path.exists(beside) else "alpaca_data.json"), earlier
+
+
+def _records(harvest: Harvest) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns the records of regen.json, of the file for train.py and of rejected.jsonl."""
+    slim = [{name: task.get(name, "") for name in ("instruction", "input", "output")} for task in harvest.kept]
+    return harvest.kept, slim, harvest.rejected
+
+
+def _contents(harvest: Harvest) -> tuple[str, str, str]:
+    kept, slim, rejected = _records(harvest)
+    return json_text(kept), json_text(slim), "".join(json_text(task, indent=None) + "\n" for task in rejected)
+
+
+def _read(path: str) -> list[Any] | None:
+    """Reads back the records of a file that `_contents` may have written, None if it can't have."""
+    try:
+        if path.endswith(".json"):
+            found = jload(path)
+            return found if isinstance(found, list) else None
+        lines = read_text(path).split("\n")
+        return [parse_json(line, path, number) for number, line in enumerate(lines, start=1) if line]
+    except UserError:
+        return None
 
 
 @contextlib.contextmanager

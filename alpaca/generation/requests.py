@@ -5,6 +5,8 @@ from typing import Any
 
 from alpaca.journal import Format, Journal, check_settings, read_journal
 
+_MOST = 1e12  # tokens or dollars: no number, or none that is finite, is more
+
 
 def _request_index(record: Any) -> int | None:
     """Returns a record's index, or None if a field that runs use is missing or has the wrong type.
@@ -14,11 +16,11 @@ def _request_index(record: Any) -> int | None:
     usage = record.get("usage") or {"prompt_tokens": 0, "completion_tokens": 0}
     numbers = record.get("cost") or 0, usage["prompt_tokens"], usage["completion_tokens"]
     fits = (
-        isinstance(record["request_index"], int)
+        type(record["request_index"]) is int
         and record["request_index"] >= 0
         and all(isinstance(record[name], str) for name in ("text", "model"))
         and isinstance(record["settings"], dict)
-        and all(isinstance(number, (int, float)) for number in numbers)
+        and all(isinstance(number, (int, float)) and 0 <= number < _MOST for number in numbers)
         and "finish_reason" in record
     )
     return record["request_index"] if fits else None

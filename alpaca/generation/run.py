@@ -13,6 +13,8 @@ from alpaca.generation.harvest import Harvest
 from alpaca.generation.requests import RequestJournal
 from alpaca.generation.spending import Spending
 
+# What the journal says of a prompt that the model's context can't hold: asking again is useless, and it cost nothing.
+PROMPT_TOO_LONG = Completion("", "prompt_too_long", {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0})
 EMPTY_ROUNDS = 5  # rounds of answers without a task to keep after which a run stops
 
 
@@ -63,6 +65,10 @@ class Run:
         for index, record in self.journal.records.items():
             self.spending.add(record, self.prompt_of(index))
         self._harvest_answers()
+
+    def parameters_of(self, index: int) -> dict[str, Any]:
+        """Returns what a request carries besides prompt and model: the run's parameters and a seed of its own."""
+        return {**self.parameters, "seed": (self.config.seed * 1_000_003 + index) % 2**31}
 
     @property
     def unharvested(self) -> int:

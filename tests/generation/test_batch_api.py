@@ -123,6 +123,34 @@ def test_an_error_in_plain_words_is_asked_for_again(folder, server, monkeypatch,
     assert len(jload("out/regen.json")) == 50
 
 
+@pytest.mark.parametrize("state", ["{}", "[]", "7", '{"tag": "x", "settings": {}, "indices": ["0"]}', "[" * 5000])
+def test_a_damaged_batch_json_is_one_line(folder, server, capsys, state):
+    (folder / "out").mkdir()
+    (folder / "out" / "batch.json").write_text(state)
+    said = fails(capsys, server, batch_api=True)
+    assert "out/batch.json is not the state of a batch" in said or "batch.json, line 1" in said
+    assert (folder / "out" / "batch.json").read_text() == state
+
+
+def test_a_server_without_the_batch_api_is_told_in_one_line(folder, server, capsys, monkeypatch):
+    monkeypatch.setattr(
+        openai_server._Handler, "_upload", lambda handler, _: handler._send(404, {"detail": "Not Found"})
+    )
+    said = fails(capsys, server, batch_api=True)
+    assert said.endswith("has no Batch API: it answered 404 to /files; leave out --batch_api")
+
+
+def test_a_prompt_that_does_not_fit_is_not_asked_for_in_another_batch(folder):
+    seeds = (folder / "seed_tasks.jsonl").read_text()
+    (folder / "seed_tasks.jsonl").write_text(seeds.replace('"..."', f'"{"long " * 2000}"', 5))
+    with openai_server.Server(context=2048) as server:
+        server.polls_per_batch = 0
+        generate(server, num_instructions_to_generate=300, max_tokens=1000, batch_api=True)
+    reasons = [record["finish_reason"] for record in journal(folder / "out")]
+    assert 0 < reasons.count("prompt_too_long") < len(reasons)
+    assert len(server.requests) == len(reasons)
+
+
 def test_a_batch_under_way_is_not_paid_again_one_by_one(folder, server, capsys):
     (folder / "out").mkdir()
     (folder / "out" / "batch.json").write_text("{}")

@@ -52,9 +52,19 @@ def test_a_journal_of_other_settings_is_refused_with_the_difference(folder, serv
         (lambda lines: [*lines[:2], lines[2].replace('"request_index": 2', '"request_index": "2"')], "line 3: not a"),
         (lambda lines: [re.sub('"text": ".*", "fin', '"text": null, "fin', line) for line in lines], "line 1: not a"),
         (lambda lines: [line.replace("prompt_tokens", "tokens") for line in lines], "line 1: not a record"),
-        (lambda lines: [line.replace('"cost": null', '"cost": "1"') for line in lines], "line 1: not a record"),
+        *(
+            (
+                lambda lines, cost=cost: [line.replace('"cost": null', f'"cost": {cost}') for line in lines],
+                "line 1: not a",
+            )
+            for cost in ('"1"', "NaN", "1e400", "-1")
+        ),
+        (
+            lambda lines: [re.sub('"prompt_tokens": ', '"prompt_tokens": 9' + "0" * 999, lines[0])],
+            "line 1: not a record",
+        ),
     ],
-    ids=["garbage", "twice", "list", "index", "text", "usage", "cost"],
+    ids=["garbage", "twice", "list", "index", "text", "usage", "cost", "nan", "infinite", "negative", "absurd"],
 )
 def test_a_damaged_journal_is_refused_by_line(folder, server, capsys, damage, said):
     generate(server, request_batch_size=1)
