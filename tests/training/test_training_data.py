@@ -80,7 +80,8 @@ def test_a_run_tokenizes_through_preprocess(llama_dir, data, monkeypatch):
     seen, preprocess = [], train.preprocess
     monkeypatch.setattr(train, "preprocess", lambda *arguments: seen.append(arguments) or preprocess(*arguments))
     dataset = train.SupervisedDataset(data, tokenizer)
-    [(sources, targets, _)] = seen
+    [(sources, targets, _, boundary)] = seen
+    assert boundary == "joint"
     assert len(sources) == len(targets) == len(dataset)
     assert targets[0].endswith(tokenizer.eos_token), "as the original called it"
 
