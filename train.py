@@ -234,7 +234,7 @@ def train() -> None:
         data = make_supervised_data_module(tokenizer, data_args, args.seed)
     describe_data(data, tokenizer)
     steps = total_steps(args, len(data["train_dataset"]))
-    record = resuming.describe_run(model_args, data_args, args, data, steps)
+    record = resuming.run_record(model_args, data_args, args, data, steps)
     check_data(plan, args, data, steps, resume)
     if resume:
         resuming.check_same_run(resume, skeleton.config, record)
@@ -267,7 +267,7 @@ def train() -> None:
         card.write_card(args.output_dir, record, trainer.state)
     if plan.lora_r:
         announce(f"merge the adapter: python train.py merge --adapter_dir {args.output_dir} --output_dir MERGED")
-        announce(f"or serve it: {lora.serving_command(model_args.model_name_or_path, args.output_dir)}")
+        announce(f"or serve it: {card.serving_command(model_args.model_name_or_path, args.output_dir)}")
 
 
 def make_trainer(plan: Plan, **kwargs) -> AlpacaTrainer:

@@ -133,7 +133,9 @@ class TrainingArguments(transformers.TrainingArguments):
         """Refuses values that don't fit, then decides types and sharding before the Trainer's own checks."""
         batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         _require_above_0(self, *batches, "num_train_epochs", "save_steps")
-        _require_not_negative(self, "learning_rate", "weight_decay", "seed", "max_tokens_per_pass")
+        _require_not_negative(
+            self, "learning_rate", "weight_decay", "seed", "max_tokens_per_pass", "neftune_noise_alpha"
+        )
         _require_share(self, "warmup_ratio")
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"--max_steps must be above 0, found {self.max_steps}; -1 trains --num_train_epochs")
@@ -163,7 +165,7 @@ def _require_above_0(flags: Any, *names: str) -> None:
 
 def _require_not_negative(flags: Any, *names: str) -> None:
     for name in names:
-        if not 0 <= (value := getattr(flags, name)) < math.inf:
+        if not 0 <= ((value := getattr(flags, name)) or 0) < math.inf:
             raise UserError(f"--{name} must be at least 0, found {value}")
 
 
@@ -259,6 +261,10 @@ def _check_together(model_args: ModelArguments, data_args: DataArguments, args: 
     if not (data_args.eval_data_path or data_args.eval_fraction):
         flag = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy best"
         raise UserError(f"--{flag} needs --eval_data_path or --eval_fraction to find the best model")
+    if args.metric_for_best_model and args.metric_for_best_model.removeprefix("eval_") != "loss":
+        raise UserError(
+            f"--metric_for_best_model {args.metric_for_best_model}: an evaluation gives one metric here, eval_loss"
+        )
     if not args.metric_for_best_model:
         raise UserError("--save_strategy best needs --metric_for_best_model, for example loss")
 

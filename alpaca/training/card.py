@@ -4,13 +4,13 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from alpaca.files import atomic_write, read_text
 from alpaca.prompts import PROMPT_DICT
 from alpaca.ranks import announce
-from alpaca.training import lora
 
 _SEAL = "<!-- written by train.py; sha256 of the text above: {} -->\n"
 _SHOWN = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "num_train_epochs")
@@ -22,7 +22,7 @@ def write_card(folder: str, record: Mapping[str, Any], state: Any, merged: bool 
 
     Args:
         folder: The run's output folder.
-        record: What resuming.describe_run says of the run.
+        record: What resuming.run_record says of the run.
         state: The Trainer's state, or what its trainer_state.json holds.
         merged: Whether the folder holds the base model with the run's adapter merged into it.
     """
@@ -34,6 +34,15 @@ def write_card(folder: str, record: Mapping[str, Any], state: Any, merged: bool 
     text = _card(folder, record, state["log_history"], state["global_step"], merged)
     with atomic_write(path) as file:
         file.write(text + _SEAL.format(hashlib.sha256(text.encode()).hexdigest()))
+
+
+def serving_command(base: str, adapter_dir: str) -> str:
+    """Writes the command that serves an adapter with vLLM.
+
+    Without --chat-template vLLM takes the base model's template, and the adapter gets prompts that it never saw.
+    """
+    words = ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"alpaca={adapter_dir}", "--chat-template"]
+    return shlex.join([*words, os.path.join(adapter_dir, "chat_template.jinja")])
 
 
 def _is_ours(path: str) -> bool:
@@ -123,7 +132,7 @@ def _format() -> str:
 def _serving(record: Mapping[str, Any], folder: str, is_adapter: bool) -> str:
     name = _public_name(folder)
     if is_adapter:
-        command = lora.serving_command(_public_name(record["base_model"]), name)
+        command = serving_command(_public_name(record["base_model"]), name)
         note = "\nWithout `--chat-template` the server prompts the adapter with the base model's template.\n"
         return f"## Serving\n\n```bash\n{command}\n```\n{note}"
     return f"## Serving\n\n```bash\nvllm serve {name}\n```\n"

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 import shutil
 from collections.abc import Iterator
 
@@ -61,15 +60,6 @@ def adapter_shapes(model) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     import peft
 
     return {name: tuple(t.shape) for name, t in peft.get_peft_model_state_dict(model).items()}, {}
-
-
-def serving_command(base: str, adapter_dir: str) -> str:
-    """Writes the command that serves an adapter with vLLM.
-
-    Without --chat-template vLLM takes the base model's template, and the adapter gets prompts that it never saw.
-    """
-    words = ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"alpaca={adapter_dir}", "--chat-template"]
-    return shlex.join([*words, os.path.join(adapter_dir, "chat_template.jinja")])
 
 
 def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> None:

@@ -159,7 +159,7 @@ def damage_in_one_line(folder: str | None) -> Iterator[None]:
 # Whether it is the same run
 
 
-def describe_run(model_args, data_args, args, data: Mapping[str, Any], steps: int) -> dict[str, Any]:
+def run_record(model_args, data_args, args, data: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """Records what decides a run's weights: hashes of its data, the seed, the settings.
 
     Args:
@@ -220,7 +220,7 @@ def check_same_run(folder: str, config, record: Mapping[str, Any]) -> None:
     Args:
         folder: The checkpoint.
         config: The model's configuration.
-        record: What describe_run says of this run.
+        record: What run_record says of this run.
 
     Raises:
         UserError: Model, data, seed or settings differ; names the first difference.

@@ -53,6 +53,7 @@ class AlpacaTrainer(Trainer):
         """Decides how the losses of a step's micro-batches are averaged."""
         super().__init__(*args, **kwargs)
         self.record = record
+        self._rehearsed_steps = 0
         short = [name for name, p in self.model.named_parameters() if p.requires_grad and p.element_size() < 4]
         if short and not self.args.pure_bf16:
             raise UserError(
@@ -75,7 +76,7 @@ class AlpacaTrainer(Trainer):
         return "padded micro-batches"
 
     def rehearse(self, steps: int) -> None:
-        """Builds the loaders, the optimizer and the schedule of a run, so that flags that don't fit show up.
+        """Does all that training does before its first step, so that flags that don't fit show up.
 
         Args:
             steps: Steps of the run.
@@ -84,6 +85,11 @@ class AlpacaTrainer(Trainer):
             ValueError: The learning rate would not be a finite number.
             Exception: Whatever transformers, accelerate or torch raise for the flags.
         """
+        self._rehearsed_steps = steps
+        super().train()  # as far as _inner_training_loop
+
+    def _build(self, steps: int) -> None:
+        """Builds the loaders, the optimizer and the schedule, and looks at the schedule."""
         self.get_train_dataloader()
         if self.eval_dataset is not None:
             self.get_eval_dataloader()
@@ -103,6 +109,8 @@ class AlpacaTrainer(Trainer):
         return result
 
     def _inner_training_loop(self, *args, **kwargs):
+        if self._rehearsed_steps:
+            return self._build(self._rehearsed_steps)
         self.throughput.restart()
         self._started = time.perf_counter()
         return super()._inner_training_loop(*args, **kwargs)
