@@ -11,6 +11,7 @@ r"""Fine-tunes LLaMA or OPT on instruction data, as Stanford Alpaca did.
 `python train.py merge --adapter_dir OUT --output_dir MERGED` merges a LoRA adapter into its model's weights.
 """
 
+import copy
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -238,13 +239,14 @@ def train() -> None:
     check_data(plan, args, data, steps, resume)
     if resume:
         resuming.check_same_run(resume, skeleton.config, record)
-    parts = {"args": args, "processing_class": tokenizer, "record": record, **data}
-    with misfits_in_one_line():
-        make_trainer(plan, model=stand_in(model_args, skeleton, args.device), **parts).rehearse(steps)
+    parts = {"processing_class": tokenizer, "record": record, **data}
+    with misfits_in_one_line():  # on a copy of the arguments, because the Trainer writes into them
+        stand_in_model = stand_in(model_args, skeleton, args.device)
+        make_trainer(plan, model=stand_in_model, args=copy.deepcopy(args), **parts).rehearse(steps)
     set_seed(args.seed)
     model = load_for_training(model_args, args, plan, tokenizer, skeleton.config)
     shapes = lora.adapter_shapes(model) if plan.lora_r else tensor_shapes(skeleton)
-    trainer = make_trainer(plan, model=model, **parts)
+    trainer = make_trainer(plan, model=model, args=args, **parts)
     announce(trainer.describe())
     if plan.compile_layers:
         compile_layers(trainer.model)
