@@ -11,6 +11,7 @@ r"""Fine-tunes LLaMA or OPT on instruction data, as Stanford Alpaca did.
 `python train.py merge --adapter_dir OUT --output_dir MERGED` merges a LoRA adapter into its model's weights.
 """
 
+import copy
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,15 +32,22 @@ from alpaca.tokenizers import (
     DEFAULT_EOS_TOKEN,
     DEFAULT_PAD_TOKEN,
     DEFAULT_UNK_TOKEN,
+    continuation_tokenizer,
     smart_tokenizer_and_embedding_resize,
 )
-from alpaca.training import lora, saving
-from alpaca.training.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from alpaca.training import card, lora, resuming, saving
+from alpaca.training.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    misfits_in_one_line,
+    parse_arguments,
+)
 from alpaca.training.data import IGNORE_INDEX, describe_data, load_dataset_examples, token_index, tokenize_once
-from alpaca.training.loading import load_for_training, load_skeleton
+from alpaca.training.loading import load_for_training, load_skeleton, stand_in
 from alpaca.training.packing.model import compile_layers
 from alpaca.training.packing.trainer import PackedTrainer
-from alpaca.training.plan import Plan, check_data, make_plan, write
+from alpaca.training.plan import Plan, check_data, make_plan, total_steps, write
 from alpaca.training.throughput import run_table
 from alpaca.training.trainer import AlpacaTrainer
 
@@ -66,7 +74,9 @@ __all__ = [
 # Data
 
 
-def preprocess(sources: Sequence[str], targets: Sequence[str], tokenizer) -> dict[str, list[torch.Tensor]]:
+def preprocess(
+    sources: Sequence[str], targets: Sequence[str], tokenizer, boundary: str = "joint"
+) -> dict[str, list[torch.Tensor]]:
     """Turns prompts and answers into tokens and labels.
 
     An example is BOS (if the tokenizer adds one), the tokens of prompt + answer as one text, and EOS, cut at
@@ -78,6 +88,8 @@ def preprocess(sources: Sequence[str], targets: Sequence[str], tokenizer) -> dic
         sources: Prompts.
         targets: Answers, with or without the EOS that the original's callers append.
         tokenizer: A fast tokenizer with an EOS.
+        boundary: "joint" as above, or "separate", which tokenizes prompt and answer apart. No token straddles them
+            then: all of the answer is learned, after the very tokens that a prompt has at inference.
 
     Returns:
         `input_ids` and `labels`, one int64 tensor each per example.
@@ -86,17 +98,19 @@ def preprocess(sources: Sequence[str], targets: Sequence[str], tokenizer) -> dic
     backend.no_truncation()  # an earlier call of the tokenizer leaves its settings behind
     backend.no_padding()
     targets = [target.removesuffix(tokenizer.eos_token) for target in targets]
+    answers = continuation_tokenizer(tokenizer) if boundary == "separate" else None
     fields: dict[str, list[torch.Tensor]] = {"input_ids": [], "labels": []}
     starts = range(0, len(sources), 1000)
     for start in tqdm(starts, "tokenizing", unit=" thousand examples", disable=len(starts) < 2 or not is_main()):
         texts = list(zip(sources[start : start + 1000], targets[start : start + 1000], strict=True))
-        encodings = backend.encode_batch([source + target for source, target in texts])
-        for (source, _), encoding in zip(texts, encodings, strict=True):
+        encodings = backend.encode_batch([source if answers else source + target for source, target in texts])
+        for (source, target), encoding in zip(texts, encodings, strict=True):
             ids = encoding.ids
             if ids[-1:] == [eos] and encoding.special_tokens_mask[-1] and encoding.offsets[-1][1] == 0:
                 ids.pop()  # this tokenizer adds EOS itself
             prompt_length = token_index(encoding, len(source), len(ids))
-            input_ids = torch.tensor([*ids, eos][:limit])
+            answer = answers.encode(target, add_special_tokens=False).ids if answers else []
+            input_ids = torch.tensor([*ids, *answer, eos][:limit])
             labels = input_ids.clone()
             labels[:prompt_length] = IGNORE_INDEX
             fields["input_ids"].append(input_ids)
@@ -114,13 +128,15 @@ class SupervisedDataset(Dataset):
         records: The number of each example there, from 0.
     """
 
-    def __init__(self, data_path: str, tokenizer, examples: Mapping[int, Mapping] | None = None):
+    def __init__(
+        self, data_path: str, tokenizer, examples: Mapping[int, Mapping] | None = None, boundary: str = "joint"
+    ):
         """Tokenizes the records of `data_path`, or only `examples`, record number -> record."""
         super().__init__()
         examples = dict(enumerate(load_dataset_examples(data_path))) if examples is None else examples
         sources = [format_prompt(example) for example in examples.values()]
         targets = [f"{example['output']}{tokenizer.eos_token}" for example in examples.values()]
-        fields = tokenize_once(preprocess, sources, targets, tokenizer)
+        fields = tokenize_once(preprocess, sources, targets, tokenizer, boundary=boundary)
         self.data_path, self.records = data_path, list(examples)
         self.input_ids, self.labels = fields["input_ids"], fields["labels"]
 
@@ -184,13 +200,13 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments, seed: int =
             raise UserError(f"--eval_fraction {data_args.eval_fraction}: {data_args.data_path} has only one record")
         count = min(len(examples) - 1, max(1, round(len(examples) * data_args.eval_fraction)))
         held_out = {i: examples.pop(i) for i in sorted(random.Random(seed).sample(range(len(examples)), count))}
-    eval_dataset = None
+    eval_dataset, boundary = None, data_args.prompt_boundary
     if held_out:
-        eval_dataset = SupervisedDataset(data_args.data_path, tokenizer, held_out)
+        eval_dataset = SupervisedDataset(data_args.data_path, tokenizer, held_out, boundary)
     elif data_args.eval_data_path:
-        eval_dataset = SupervisedDataset(data_args.eval_data_path, tokenizer)
+        eval_dataset = SupervisedDataset(data_args.eval_data_path, tokenizer, boundary=boundary)
     return {
-        "train_dataset": SupervisedDataset(data_args.data_path, tokenizer, examples),
+        "train_dataset": SupervisedDataset(data_args.data_path, tokenizer, examples, boundary),
         "eval_dataset": eval_dataset,
         "data_collator": DataCollatorForSupervisedDataset(tokenizer),
     }
@@ -208,7 +224,9 @@ def train() -> None:
         SystemExit: Status 143 after SIGTERM.
     """
     model_args, data_args, args = parse_arguments(description=__doc__)
-    resume = saving.find_resume_point(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
+    resume = resuming.find_resume_point(args.output_dir, args.resume_from_checkpoint)
+    inputs = model_args.model_name_or_path, (data_args.data_path, data_args.eval_data_path)
+    saving.check_output(args.output_dir, resume, args.overwrite_output_dir, *inputs)
     tokenizer, skeleton = load_skeleton(model_args, args)
     plan = make_plan(model_args, data_args, args, skeleton)
     write(args, plan.settings)
@@ -216,13 +234,24 @@ def train() -> None:
     with args.main_process_first(local=True):
         data = make_supervised_data_module(tokenizer, data_args, args.seed)
     describe_data(data, tokenizer)
-    check_data(plan, args, data, resume, skeleton.config)
+    steps = total_steps(args, len(data["train_dataset"]))
+    record = resuming.run_record(model_args, data_args, args, data, steps)
+    check_data(plan, args, data, steps, resume)
+    if resume:
+        resuming.check_same_run(resume, skeleton.config, record)
+    parts = {"processing_class": tokenizer, "record": record, **data}
+    with misfits_in_one_line():  # on a copy of the arguments, because the Trainer writes into them
+        stand_in_model = stand_in(model_args, skeleton, args.device)
+        make_trainer(plan, model=stand_in_model, args=copy.deepcopy(args), **parts).rehearse(steps)
     set_seed(args.seed)
     model = load_for_training(model_args, args, plan, tokenizer, skeleton.config)
     shapes = lora.adapter_shapes(model) if plan.lora_r else tensor_shapes(skeleton)
-    trainer = make_trainer(plan, model=model, args=args, processing_class=tokenizer, **data)
+    trainer = make_trainer(plan, model=model, args=args, **parts)
+    announce(trainer.describe())
+    if plan.compile_layers:
+        compile_layers(trainer.model)
     # SIGTERM also waits while the model is saved, which may be the run's first save.
-    claimed = saving.claimed(args.output_dir, args.overwrite_output_dir)
+    claimed = saving.claimed(args.output_dir, clear=args.overwrite_output_dir and not resume)
     with claimed, saving.disk_watched(args.output_dir), trainer.stop_signal:
         trainer.train(resume_from_checkpoint=resume)
         if trainer.stopped:
@@ -236,21 +265,19 @@ def train() -> None:
     if data["eval_dataset"] is not None:
         trainer.log_metrics("eval", trainer.evaluate())
         trainer.save_state()
+    if is_main():
+        card.write_card(args.output_dir, record, trainer.state)
     if plan.lora_r:
         announce(f"merge the adapter: python train.py merge --adapter_dir {args.output_dir} --output_dir MERGED")
+        announce(f"or serve it: {card.serving_command(model_args.model_name_or_path, args.output_dir)}")
 
 
 def make_trainer(plan: Plan, **kwargs) -> AlpacaTrainer:
-    """Makes the trainer that the plan calls for, with compiled layers if it says so."""
-    if plan.padding_free:
-        passes = {"tokens_per_pass": plan.tokens_per_pass, "shared_prefix": plan.shared_prefix}
-        trainer = PackedTrainer(shape=plan.shape, **passes, **kwargs)
-        announce(trainer.describe())
-    else:
-        trainer = AlpacaTrainer(shape=plan.shape, **kwargs)
-    if plan.compile_layers:
-        compile_layers(trainer.model)
-    return trainer
+    """Makes the trainer that the plan calls for."""
+    if not plan.padding_free:
+        return AlpacaTrainer(shape=plan.shape, **kwargs)
+    passes = {"tokens_per_pass": plan.tokens_per_pass, "shared_prefix": plan.shared_prefix}
+    return PackedTrainer(shape=plan.shape, **passes, **kwargs)
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Loads complete models, and reloads saved ones to check them."""
 
 import contextlib
-import glob
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +18,11 @@ def one_line_load_errors(name_or_path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{name_or_path} brings code of its own (auto_map in its config), and such code is never run here; "
+                "name a model of an architecture that transformers knows"
+            ) from error
         asked = "" if os.path.exists(name_or_path) else "there is no such folder, and the Hub was asked in vain; "
         raise UserError(f"cannot load {name_or_path}: {asked}{' '.join(str(error).split())[:300]}") from error
 
@@ -44,6 +48,7 @@ def load_model(name_or_path: str, dtype: Any, cache_dir: str | None = None, devi
             name_or_path,
             cache_dir=cache_dir,
             dtype=dtype,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **placement,
@@ -110,7 +115,7 @@ def check_saved(folder: str, shapes: dict[str, tuple[int, ...]], aliases: dict[s
     from safetensors import safe_open
 
     found = {}
-    for path in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
+    for path in sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  (safe_open objects aren't mappings)
                 tensor = file.get_tensor(name)

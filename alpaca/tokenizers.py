@@ -5,7 +5,9 @@ transformers 5 rebuilds a LLaMA tokenizer from `tokenizer.model` in a way that c
 
 import contextlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +42,7 @@ def load_tokenizer(name_or_path: str, model_max_length: int | None = None, cache
     """
     from transformers import AutoTokenizer
 
-    settings = dict(padding_side="right", cache_dir=cache_dir)
+    settings = dict(padding_side="right", cache_dir=cache_dir, trust_remote_code=False)
     if model_max_length is not None:
         settings["model_max_length"] = model_max_length
     spm_file = _find_file(name_or_path, "tokenizer.model", cache_dir)
@@ -70,6 +72,56 @@ def _load_llama_tokenizer(name_or_path: str, proto, config: dict, settings: dict
     if _fix_merges(tokenizer, proto):
         notes.append("BPE merges put into the order of sentencepiece's scores (double spaces tokenized differently)")
     return tokenizer, notes
+
+
+def continuation_tokenizer(tokenizer):
+    """Makes a tokenizer for text in the middle of a sequence: one that adds no space and no special token in front.
+
+    LLaMA's tokenizer reads "Yes" as `▁Yes`, as after a space. After "### Response:" the answer is `Yes`, without one.
+
+    Returns:
+        A tokenizer of the `tokenizers` library.
+    """
+    import tokenizers
+
+    def without_space(part):
+        if isinstance(part, list):
+            return [without_space(one) for one in part if not (isinstance(one, dict) and one.get("type") == "Prepend")]
+        if not isinstance(part, dict):
+            return part
+        never = {"prepend_scheme": "never", "add_prefix_space": False}
+        return {key: never.get(key, without_space(value)) for key, value in part.items()}
+
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    for name in ("normalizer", "pre_tokenizer"):
+        [settings[name]] = without_space([settings[name]]) or [None]
+    settings |= {"post_processor": None, "truncation": None, "padding": None}
+    return tokenizers.Tokenizer.from_str(json.dumps(settings))
+
+
+def save_sentencepiece(tokenizer, folder: str, source: str | None = None, cache_dir: str | None = None) -> None:
+    """Puts the `tokenizer.model` that a tokenizer comes from beside a saved one, and what was added in a file.
+
+    transformers 5 saves tokenizer.json alone. llama.cpp's converter reads the scores of pieces from tokenizer.model
+    where there is one, else it gives every piece -1000 and the converted model splits text otherwise. Tokens above
+    the sentencepiece vocabulary, such as `[PAD]`, it reads from added_tokens.json.
+
+    Args:
+        tokenizer: The saved tokenizer.
+        folder: Where it was saved.
+        source: The folder or Hub id that may have a tokenizer.model; the one that it was loaded from if None.
+        cache_dir: Folder for downloads.
+    """
+    path = _find_file(source or tokenizer.name_or_path, "tokenizer.model", cache_dir)
+    proto = _read_sentencepiece(path) if path else None
+    vocabulary = tokenizer.get_vocab()
+    if proto is None or any(vocabulary.get(piece.piece) != i for i, piece in enumerate(proto.pieces)):
+        return  # none, or not this tokenizer's
+    added = {token: i for token, i in vocabulary.items() if i >= len(proto.pieces)}
+    shutil.copyfile(path, os.path.join(folder, "tokenizer.model"))
+    if added:
+        with open(os.path.join(folder, "added_tokens.json"), "w", encoding="utf-8") as file:
+            json.dump(dict(sorted(added.items(), key=lambda item: item[1])), file, ensure_ascii=False, indent=2)
 
 
 def _content(token) -> str:

@@ -17,6 +17,7 @@ from alpaca import cli
 
 # Programs that are not ours: what a page may call without a check of its own.
 OTHERS = {"cd", "cmp", "curl", "echo", "export", "git", "hf", "kill", "transformers", "vllm"}
+OTHERS |= {"convert_hf_to_gguf.py", "llama-server"}
 
 
 def split(command: str) -> list[str]:

@@ -1,5 +1,9 @@
 """Tokenizers: LLaMA's give sentencepiece's tokens, special tokens are chosen, and the model gets rows for them."""
 
+import json
+import os
+
+import sentencepiece
 import torch
 from toy_tokenizers import load, variant
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,6 +35,32 @@ def test_tokens_stay_sentencepieces_after_saving_and_loading(llama_dir, traps, t
     texts = [format_prompt(example) + example["output"] for example in traps]
     assert again(texts)["input_ids"] == tokenizer(texts)["input_ids"]
     assert again.pad_token == "[PAD]"
+
+
+def test_saved_tokenizer_has_its_sentencepiece_scores_beside_it(llama_dir, opt_dir, traps, tmp_path):
+    """What llama.cpp's converter reads: tokenizer.model, and in added_tokens.json what was added above it."""
+    tokenizer, _ = load(llama_dir)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    tokenizers.save_sentencepiece(tokenizer, str(tmp_path / "saved"))
+    pieces, reference = (
+        sentencepiece.SentencePieceProcessor(model_file=os.path.join(folder, "tokenizer.model"))
+        for folder in (tmp_path / "saved", llama_dir)
+    )
+    count = reference.get_piece_size()
+    assert pieces.get_piece_size() == count
+    for i in range(count):
+        assert pieces.get_score(i) == reference.get_score(i)
+        assert pieces.id_to_piece(i) == tokenizer.convert_ids_to_tokens(i)
+    assert json.loads((tmp_path / "saved" / "added_tokens.json").read_text()) == {"[PAD]": count}
+    texts = [format_prompt(example) + example["output"] for example in traps]
+    for again in (AutoTokenizer.from_pretrained(tmp_path / "saved"), load(str(tmp_path / "saved"))[0]):
+        assert again(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+        assert (again.pad_token, len(again)) == ("[PAD]", count + 1)
+    byte_level, _ = load(opt_dir)
+    byte_level.save_pretrained(tmp_path / "opt")
+    tokenizers.save_sentencepiece(byte_level, str(tmp_path / "opt"))
+    tokenizers.save_sentencepiece(byte_level, str(tmp_path / "opt"), source=llama_dir)
+    assert not (tmp_path / "opt" / "tokenizer.model").exists(), "there is none, or it is another tokenizer's"
 
 
 def test_missing_add_bos_token_keeps_bos(llama_dir, tmp_path):

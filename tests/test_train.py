@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from alpaca.prompts import PROMPT_DICT, format_prompt
+from alpaca.training import data as training_data
 from alpaca.training import saving
 from alpaca.training.trainer import AlpacaTrainer
 
@@ -62,6 +63,54 @@ def test_token_that_straddles_prompt_and_answer_is_not_learned(llama_dir):
     first = next(i for i, label in enumerate(labels) if label != IGNORE)
     assert tokenizer.convert_ids_to_tokens(ids)[first - 1] == ":-"
     assert tokenizer.decode(ids[first:]) == "one</s>"
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_separate_boundary_learns_all_of_an_answer_after_the_prompt_of_inference(request, kind, traps):
+    """LLaMA's toy joins ":" and "-"; OPT's is byte-level. Both get the very prompt tokens that inference sends."""
+    tokenizer, _ = load(request.getfixturevalue(f"{kind}_dir"))
+    sources, targets = [format_prompt(e) for e in traps], [e["output"] for e in traps]
+    found = ours(train.preprocess(sources, targets, tokenizer, "separate"))
+    for (ids, labels), source, target in zip(found, sources, targets, strict=True):
+        prompt = tokenizer(source)["input_ids"]
+        if len(prompt) >= 512 or len(ids) == 512:
+            continue  # cut
+        assert ids[: len(prompt)] == prompt
+        assert labels == [IGNORE] * len(prompt) + ids[len(prompt) :]
+        assert tokenizer.decode(ids[len(prompt) :]) == target + tokenizer.eos_token
+        assert tokenizer.decode(ids, skip_special_tokens=True) == source + target, "no space in between"
+
+
+def test_boundaries_differ_only_where_a_token_joins_prompt_and_answer(llama_dir):
+    tokenizer, _ = load(llama_dir)
+    source = PROMPT_DICT["prompt_no_input"].replace("{instruction}", "List.")
+    joint, apart = (ours(train.preprocess([source] * 2, ["- one", "one"], tokenizer, b)) for b in ("joint", "separate"))
+    assert joint[1] == apart[1], "nothing joins"
+    prompt = tokenizer(source)["input_ids"]
+    names = tokenizer.convert_ids_to_tokens
+    assert names(joint[0][0][len(prompt) - 1]) == ":-"
+    assert names(apart[0][0][len(prompt) - 1 : len(prompt) + 1]) == [":", "-"]
+    assert next(label for label in apart[0][1] if label != IGNORE) == tokenizer.convert_tokens_to_ids("-")
+    assert joint[0][1][: len(prompt)] == apart[0][1][: len(prompt)] == [IGNORE] * len(prompt)
+
+
+def test_start_of_a_run_says_how_many_answers_the_boundary_touches(llama_dir, traps, tmp_path, capsys):
+    tokenizer, _ = load(llama_dir)
+    (tmp_path / "data.json").write_text(json.dumps([{**e, "output": e["output"]} for e in traps]))
+    datasets = [
+        train.SupervisedDataset(str(tmp_path / "data.json"), tokenizer, boundary=b) for b in ("joint", "separate")
+    ]
+    reference = sentencepiece.SentencePieceProcessor(model_file=os.path.join(llama_dir, "tokenizer.model"))
+    prompts = [(format_prompt(e), reference.encode(format_prompt(e))) for e in traps]
+    joins = [reference.encode(p + e["output"])[: len(ids)] != ids for (p, ids), e in zip(prompts, traps, strict=True)]
+    touched = sum(joins)
+    assert touched >= 4
+    assert [training_data.straddled(dataset, tokenizer) for dataset in datasets] == [touched, 0]
+    training_data.describe_data({"train_dataset": datasets[0], "eval_dataset": None}, tokenizer)
+    said = f"{touched:,} answer(s) of {len(traps):,} begin inside the prompt's last token"
+    assert said in capsys.readouterr().out
+    training_data.describe_data({"train_dataset": datasets[1], "eval_dataset": None}, tokenizer)
+    assert "begin inside" not in capsys.readouterr().out
 
 
 def test_tokenizer_without_bos_gets_none(opt_dir, tmp_path, traps):

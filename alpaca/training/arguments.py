@@ -1,13 +1,15 @@
 """The flags of train.py: parsed by HfArgumentParser, checked beside their definition."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
@@ -64,6 +66,13 @@ class DataArguments:
     eval_data_path: str | None = field(default=None, metadata={"help": "Instruction data to evaluate on."})
     eval_fraction: float = field(
         default=0.0, metadata={"help": "Share of --data_path to set aside for evaluation, from 0 to below 1."}
+    )
+    prompt_boundary: Literal["joint", "separate"] = field(
+        default="joint",
+        metadata={
+            "help": "How prompt and answer become tokens. joint: as one text, as the original does; a token that spans "
+            "both is not learned. separate: each by itself, so that all of the answer is learned."
+        },
     )
 
     def __post_init__(self):
@@ -126,8 +135,12 @@ class TrainingArguments(transformers.TrainingArguments):
         """Refuses values that don't fit, then decides types and sharding before the Trainer's own checks."""
         batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         _require_above_0(self, *batches, "num_train_epochs", "save_steps")
-        _require_not_negative(self, "learning_rate", "weight_decay", "seed", "max_tokens_per_pass")
+        _require_not_negative(
+            self, "learning_rate", "weight_decay", "seed", "max_tokens_per_pass", "neftune_noise_alpha"
+        )
         _require_share(self, "warmup_ratio")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(f"--max_steps must be above 0, found {self.max_steps}; -1 trains --num_train_epochs")
         if self.seed >= 2**32:
             raise UserError(f"--seed must be below {2**32}, found {self.seed}")
         if self.model_max_length < 2:
@@ -154,7 +167,7 @@ def _require_above_0(flags: Any, *names: str) -> None:
 
 def _require_not_negative(flags: Any, *names: str) -> None:
     for name in names:
-        if not 0 <= (value := getattr(flags, name)) < math.inf:
+        if not 0 <= ((value := getattr(flags, name)) or 0) < math.inf:
             raise UserError(f"--{name} must be at least 0, found {value}")
 
 
@@ -194,16 +207,37 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str | None =
         formatter_class=_Formatter,
     )
     parser.error = _refuse
+    argv = [_expand_home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     _, unknown = parser.parse_known_args(argv)  # before any class looks at the machine
     if unknown:
         _refuse_unknown(unknown, [one.name for flags in classes for one in dataclasses.fields(flags)])
-    try:
+    with misfits_in_one_line():
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from error
     _check_together(model_args, data_args, args)
     _check_packages(model_args, args)
     return model_args, data_args, args
+
+
+@contextlib.contextmanager
+def misfits_in_one_line() -> Iterator[None]:
+    """Turns whatever the Trainer's classes raise for their flags into one line: one net for all flags.
+
+    Raises:
+        UserError: Says what transformers, accelerate or torch found wrong.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        raise UserError(f"the Trainer can't be built from these flags ({reason}); change or drop the flag") from error
+
+
+def _expand_home(argument: str) -> str:
+    """Expands the ~ that a shell leaves alone: `--output_dir=~/tuned`, '~/tuned'."""
+    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return flag + equals + os.path.expanduser(value)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -229,6 +263,10 @@ def _check_together(model_args: ModelArguments, data_args: DataArguments, args: 
     if not (data_args.eval_data_path or data_args.eval_fraction):
         flag = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy best"
         raise UserError(f"--{flag} needs --eval_data_path or --eval_fraction to find the best model")
+    if args.metric_for_best_model and args.metric_for_best_model.removeprefix("eval_") != "loss":
+        raise UserError(
+            f"--metric_for_best_model {args.metric_for_best_model}: an evaluation gives one metric here, eval_loss"
+        )
     if not args.metric_for_best_model:
         raise UserError("--save_strategy best needs --metric_for_best_model, for example loss")
 

@@ -4,14 +4,17 @@ import hashlib
 import inspect
 import os
 import re
+import stat
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from alpaca import tokenizers
 from alpaca.cli import UserError
 from alpaca.files import atomic_write
+from alpaca.prompts import PROMPT_DICT
 from alpaca.ranks import announce
 from alpaca.records import check_example, load_examples
 
@@ -62,7 +65,12 @@ def token_index(encoding, position: int, count: int) -> int:
 
 
 def tokenize_once(
-    tokenize: Callable[..., Fields], sources: Sequence[str], targets: Sequence[str], tokenizer, cache_dir: str = ""
+    tokenize: Callable[..., Fields],
+    sources: Sequence[str],
+    targets: Sequence[str],
+    tokenizer,
+    cache_dir: str = "",
+    boundary: str = "joint",
 ) -> Fields:
     """Calls `tokenize`, or reads what it returned for the same texts in an earlier run.
 
@@ -72,18 +80,21 @@ def tokenize_once(
         targets: Answers.
         tokenizer: A fast tokenizer.
         cache_dir: Where to keep the tokens; `$XDG_CACHE_HOME/alpaca` if empty.
+        boundary: `--prompt_boundary`.
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    name = f"tokens-{_content_hash(tokenize, sources, targets, tokenizer)}.npz"
-    path = os.path.join(cache_dir or os.path.join(home, "alpaca"), name)
+    folder = cache_dir or os.path.join(home, "alpaca")
+    path = os.path.join(folder, f"tokens-{_content_hash(tokenize, sources, targets, tokenizer, boundary)}.npz")
+    private = _is_private(folder)
     try:
-        with np.load(path) as cached:
-            lengths = cached["lengths"].tolist()
-            flat = {key: torch.from_numpy(cached[key].astype(np.int64)) for key in ("input_ids", "labels")}
-        return {key: list(tokens.split(lengths)) for key, tokens in flat.items()}
+        if private:
+            return _read_tokens(path, len(sources))
     except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile):
         pass  # missing, or cut off
-    fields = tokenize(sources, targets, tokenizer)
+    fields = tokenize(sources, targets, tokenizer, boundary)
+    if not private:
+        print(f"tokens not cached: others may write into {folder}; chmod go-w it, or set XDG_CACHE_HOME")
+        return fields
     try:
         with atomic_write(path, "wb") as file:
             lengths = np.array([len(ids) for ids in fields["input_ids"]], dtype=np.int64)
@@ -94,13 +105,38 @@ def tokenize_once(
     return fields
 
 
-def _content_hash(tokenize: Callable, sources: Sequence[str], targets: Sequence[str], tokenizer) -> str:
+def _read_tokens(path: str, examples: int) -> Fields:
+    with np.load(path) as cached:
+        lengths = cached["lengths"].tolist()
+        flat = {key: torch.from_numpy(cached[key].astype(np.int64)) for key in ("input_ids", "labels")}
+    if len(lengths) != examples:
+        raise ValueError(f"{path} holds {len(lengths)} examples, not {examples}")
+    return {key: list(tokens.split(lengths)) for key, tokens in flat.items()}
+
+
+def _is_private(folder: str) -> bool:
+    """Tells whether a folder, which is made if it is missing, is ours and nobody else may write into it.
+
+    Whoever could plant a file in the cache would decide what a model learns.
+    """
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        found = os.stat(folder)
+    except OSError:
+        return True  # no folder, nothing planted; writing will say why it fails
+    return not hasattr(os, "getuid") or (
+        found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    )
+
+
+def _content_hash(tokenize: Callable, sources: Sequence[str], targets: Sequence[str], tokenizer, boundary: str) -> str:
     """Hashes what tokens depend on: the texts, the tokenizer, the length limit and the code."""
     digest = hashlib.sha256()
-    for path in (__file__, inspect.getsourcefile(tokenize)):
+    for path in (__file__, tokenizers.__file__, inspect.getsourcefile(tokenize)):
         with open(path, "rb") as file:
             digest.update(hashlib.sha256(file.read()).digest())
     settings = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id), str(tokenizer.model_max_length))
+    settings += (boundary,)
     for text in (*settings, *sources, *targets):
         digest.update(f"{len(text)}:".encode())
         digest.update(text.encode("utf-8", "surrogatepass"))
@@ -134,6 +170,21 @@ def check_labels(dataset, batch_size: int) -> None:
     announce(found)
 
 
+def straddled(dataset, tokenizer) -> int:
+    """Counts the answers whose first characters lie in the prompt's last token, and so are not learned.
+
+    Every prompt ends in "### Response:". Tokenized by itself, its last token is `:` for LLaMA. An example whose last
+    unlearned token is another one, such as `:-`, has an answer that begins inside it.
+    """
+    ends = {tokenizer(prompt, add_special_tokens=False)["input_ids"][-1] for prompt in PROMPT_DICT.values()}
+    last = [int(ids[labels == IGNORE_INDEX][-1]) for ids, labels in _examples(dataset) if labels[-1] != IGNORE_INDEX]
+    return sum(token not in ends for token in last)
+
+
+def _examples(dataset):
+    return zip(dataset.input_ids, dataset.labels, strict=True)
+
+
 def describe_data(data: Mapping, tokenizer) -> None:
     """Announces how much there is to learn, how much was cut, and one example with its mask."""
     dataset, limit = data["train_dataset"], tokenizer.model_max_length
@@ -142,6 +193,11 @@ def describe_data(data: Mapping, tokenizer) -> None:
     announce(f"data: {len(dataset):,} examples{held_out}; {tokens:,} tokens, {learned:,} of them learned")
     if truncated := sum(int(ids[-1]) != tokenizer.eos_token_id for ids in dataset.input_ids):
         announce(f"{truncated} example(s) longer than {limit} tokens are cut: they don't teach the model to stop")
+    if touched := straddled(dataset, tokenizer):
+        announce(
+            f"{touched:,} answer(s) of {len(dataset):,} begin inside the prompt's last token, as in the original, and "
+            "don't learn that beginning; --prompt_boundary separate learns all of each answer"
+        )
     ids, is_prompt = dataset.input_ids[0], dataset.labels[0] == IGNORE_INDEX
     prompt, answer = tokenizer.decode(ids[is_prompt]), tokenizer.decode(ids[~is_prompt])
     announce(f"--- record {dataset.records[0]}, prompt (not learned):\n{prompt}\n--- answer (learned):\n{answer}\n---")

@@ -1,5 +1,7 @@
 """What a run loads: the tokenizer and the model's skeleton first, the weights once the plan is made."""
 
+import copy
+
 import torch
 import transformers
 
@@ -22,14 +24,12 @@ def load_skeleton(model_args, args):
         UserError: There is no such model, or it doesn't take `model_max_length` tokens.
     """
     name = model_args.model_name_or_path
-    try:
+    with models.one_line_load_errors(name):
+        config = transformers.AutoConfig.from_pretrained(name, cache_dir=args.cache_dir, trust_remote_code=False)
         tokenizer, notes = tokenizers.load_tokenizer(name, args.model_max_length, args.cache_dir)
-        config = transformers.AutoConfig.from_pretrained(name, cache_dir=args.cache_dir)
-        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {name}: {' '.join(str(error).split())}") from error
-    except KeyError:
-        raise UserError(f"{name} is a {config.model_type}, not a causal language model") from None
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{name} is a {config.model_type}, not a causal language model")
+    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if getattr(config, "alpaca_weight_diff", False):
         raise UserError(f"{name} is a weight diff, not a model; python weight_diff.py recover makes the model first")
     longest = getattr(config, "max_position_embeddings", None)
@@ -42,6 +42,32 @@ def load_skeleton(model_args, args):
     config.vocab_size = max(config.vocab_size, len(tokenizer))
     with torch.device("meta"):
         return tokenizer, model_class(config)
+
+
+def stand_in(model_args, skeleton, device):
+    """Makes a model of the run's shapes whose parameters are views of a single number, so that they take no memory.
+
+    The Trainer, its optimizer and its schedule can be built on it before the weights load.
+
+    Args:
+        model_args: A ModelArguments.
+        skeleton: The model on the meta device.
+        device: Where the parameters pretend to be.
+    """
+    model = copy.deepcopy(skeleton)
+    if model_args.lora_r:
+        with torch.device("meta"):
+            model = model_args.adapt(model)
+    made: dict[int, torch.nn.Parameter] = {}  # tied parameters stay tied
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None and id(old) not in made:
+                view = torch.zeros((), device=device, dtype=old.dtype).expand(old.shape)
+                made[id(old)] = torch.nn.Parameter(view, requires_grad=old.requires_grad)
+            module._parameters[name] = made.get(id(old))
+        for name, old in module._buffers.items():
+            module._buffers[name] = None if old is None else torch.zeros(old.shape, device=device, dtype=old.dtype)
+    return model
 
 
 def load_for_training(model_args, args, plan: Plan, tokenizer, config):

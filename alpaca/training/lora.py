@@ -1,9 +1,12 @@
 """LoRA through peft: a small adapter is trained, the model's weights stay frozen."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 
 from alpaca.cli import UserError
-from alpaca.files import jload
+from alpaca.files import jload, size_text
 
 
 def add_adapter(model, r: int, alpha: float, dropout: float, target_modules: str | None):
@@ -73,30 +76,88 @@ def merge(adapter_dir: str, output_dir: str, base_model: str | None = None) -> N
         raise UserError("merging an adapter needs peft: pip install peft") from error
     import torch
 
-    from alpaca.models import check_saved, load_model, tensor_shapes
-    from alpaca.tokenizers import load_tokenizer
-    from alpaca.training.saving import STAGING, publish
+    from alpaca.models import load_model
 
+    base = base_model or _base_of(adapter_dir)
+    with _merged_folder(output_dir) as staging:
+        try:
+            model = load_model(base, torch.float32)
+        except UserError as error:
+            raise UserError(f"{error}; name the adapter's model with --base_model") from error
+        try:
+            merged = peft.PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
+        except Exception as error:  # of a truncated file, another model, or settings that peft doesn't know
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"{adapter_dir} is not an adapter of {base}: {reason:.200}; name its model with --base_model"
+            ) from error
+        _save_merged(merged, adapter_dir, base, staging, output_dir)
+    print(f"{output_dir}: {base} with {adapter_dir} merged into its weights, reloaded and checked")
+
+
+def _base_of(adapter_dir: str) -> str:
     settings = os.path.join(adapter_dir, "adapter_config.json")
     if not os.path.isfile(settings):
         raise UserError(f"{adapter_dir} holds no adapter_config.json; expected the output folder of a LoRA run")
-    if os.path.exists(output_dir) and not (os.path.isdir(output_dir) and not os.listdir(output_dir)):
+    found = jload(settings)
+    if not isinstance(found, dict) or not isinstance(found.get("base_model_name_or_path"), str):
+        raise UserError(f"{settings} names no base_model_name_or_path; name the adapter's model with --base_model")
+    return found["base_model_name_or_path"]
+
+
+@contextlib.contextmanager
+def _merged_folder(output_dir: str) -> Iterator[str]:
+    """Makes a folder for a merged model; if the block fails, nothing of it stays.
+
+    What a killed merge left behind is cleared.
+
+    Yields:
+        The staging folder to write into.
+
+    Raises:
+        UserError: The folder holds something else, or can't be made.
+    """
+    from alpaca.training.saving import STAGING, claimed
+
+    there = os.path.lexists(output_dir)
+    if there and not (os.path.isdir(output_dir) and set(os.listdir(output_dir)) <= {STAGING}):
         raise UserError(f"{output_dir} is not empty, or not a folder; name a new one")
-    base = base_model or jload(settings)["base_model_name_or_path"]
     try:
-        model = load_model(base, torch.float32)
-    except UserError as error:
-        raise UserError(f"{error}; name the adapter's model with --base_model") from error
-    try:
-        merged = peft.PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        os.makedirs(output_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {output_dir}: {error.strerror}; name another --output_dir") from error
+    with claimed(output_dir):
+        try:
+            yield os.path.join(output_dir, STAGING)
+        except BaseException:
+            shutil.rmtree(os.path.join(output_dir, STAGING), ignore_errors=True)
+            if not there:
+                with contextlib.suppress(OSError):
+                    os.rmdir(output_dir)
+            raise
+
+
+def _save_merged(merged, adapter_dir: str, base: str, staging: str, output_dir: str) -> None:
+    from alpaca.models import check_saved, tensor_shapes
+    from alpaca.tokenizers import load_tokenizer, save_sentencepiece
+    from alpaca.training import card, resuming
+    from alpaca.training.saving import STATE, disk_watched, publish
+
+    need = sum(tensor.numel() * tensor.element_size() for tensor in merged.state_dict().values())
+    free = shutil.disk_usage(output_dir).free
+    if need > free:
         raise UserError(
-            f"{adapter_dir} is not an adapter of {base}: {reason:.200}; name its model with --base_model"
-        ) from error
-    staging = os.path.join(output_dir, STAGING)
-    merged.save_pretrained(staging)
-    load_tokenizer(adapter_dir)[0].save_pretrained(staging)
-    check_saved(staging, *tensor_shapes(merged))
-    publish(staging, output_dir)
-    print(f"{output_dir}: {base} with {adapter_dir} merged into its weights, reloaded and checked")
+            f"the disk of {output_dir} has {size_text(free)} free and the merged model needs {size_text(need)}; "
+            "free space, or name another --output_dir"
+        )
+    with disk_watched(output_dir, advice=lambda _: "The adapter is unchanged; free space and merge again"):
+        merged.save_pretrained(staging)
+        tokenizer, _ = load_tokenizer(adapter_dir)
+        tokenizer.save_pretrained(staging)
+        for source in (base, adapter_dir):
+            save_sentencepiece(tokenizer, staging, source)
+        check_saved(staging, *tensor_shapes(merged))
+        publish(staging, output_dir)
+    record, state = (os.path.join(adapter_dir, name) for name in (resuming.RECORD, STATE))
+    if os.path.isfile(record) and os.path.isfile(state):
+        card.write_card(output_dir, jload(record), jload(state), merged=True)

@@ -22,6 +22,7 @@ from alpaca.training import memory, saving, sharding
 from alpaca.training.data import check_labels
 from alpaca.training.memory import ModelShape, Workload, estimate
 from alpaca.training.packing.passes import check_pass
+from alpaca.training.resuming import steps_done
 
 # Decoder-only families whose layers all hand their keyword arguments down to the attention function, and whose loss is
 # only the cross-entropy of lm_head's output. tests/training/packing/test_model.py compares each with padded batches.
@@ -362,28 +363,24 @@ def choose_kernels(args, padding_free: bool) -> Kernels:
 # Does the plan work for these examples?
 
 
-def check_data(plan: Plan, args, data: Mapping[str, Any], resume: str | None, config: Any) -> None:
-    """Checks data, disk and checkpoint against the plan, and says what the run will write.
+def check_data(plan: Plan, args, data: Mapping[str, Any], steps: int, resume: str | None) -> None:
+    """Checks data and disk against the plan, and says what the run will write.
 
     Args:
         plan: The plan.
         args: The Trainer's arguments.
         data: What train.py's make_supervised_data_module returned.
+        steps: Steps of the run.
         resume: The checkpoint to continue from, if there is one.
-        config: The model's configuration.
 
     Raises:
-        UserError: A batch would have nothing to learn, the longest example exceeds a pass, the disk is too small, or
-            the checkpoint belongs to another model.
+        UserError: A batch would have nothing to learn, the longest example exceeds a pass, or the disk is too small.
     """
     check_labels(data["train_dataset"], args.per_device_train_batch_size)
     check_labels(data["eval_dataset"], args.per_device_eval_batch_size)
     if plan.padding_free:
         check_pass(args.max_tokens_per_pass, data["train_dataset"])
-    steps = total_steps(args, len(data["train_dataset"]))
-    announce(saving.check_disk(args, plan.shape.trainable, steps))
-    if resume:
-        saving.check_same_run(resume, config, plan.lora_r, args, steps)
+    announce(saving.check_disk(args, plan.shape.trainable, steps, steps_done(resume)))
 
 
 def total_steps(args, examples: int) -> int:

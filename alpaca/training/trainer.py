@@ -1,17 +1,20 @@
 """The Hugging Face Trainer with the original's loss, complete checkpoints, and a stop at a non-finite loss."""
 
+import math
 import os
 import signal
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
-from alpaca import models
+from alpaca import models, tokenizers
 from alpaca.cli import UserError
-from alpaca.training import saving, throughput
+from alpaca.files import jdump
+from alpaca.training import resuming, saving, throughput
 from alpaca.training.data import IGNORE_INDEX
 from alpaca.training.memory import ModelShape
 
@@ -44,11 +47,14 @@ class AlpacaTrainer(Trainer):
         stop_signal: Listens for SIGTERM once the caller enters it.
         stopped: Whether SIGTERM ended the run early.
         throughput: Counts tokens and time.
+        record: What every checkpoint says of its run.
     """
 
-    def __init__(self, *args, shape: ModelShape, **kwargs):
+    def __init__(self, *args, shape: ModelShape, record: Mapping[str, Any] | None = None, **kwargs):
         """Decides how the losses of a step's micro-batches are averaged."""
         super().__init__(*args, **kwargs)
+        self.record = record
+        self._rehearsed_steps = 0
         short = [name for name, p in self.model.named_parameters() if p.requires_grad and p.element_size() < 4]
         if short and not self.args.pure_bf16:
             raise UserError(
@@ -66,6 +72,35 @@ class AlpacaTrainer(Trainer):
         self._staging: str | None = None
         self._saved_at = -1
 
+    def describe(self) -> str:
+        """Says what a step is made of."""
+        return "padded micro-batches"
+
+    def rehearse(self, steps: int) -> None:
+        """Does all that training does before its first step, so that flags that don't fit show up.
+
+        Args:
+            steps: Steps of the run.
+
+        Raises:
+            ValueError: The learning rate would not be a finite number.
+            Exception: Whatever transformers, accelerate or torch raise for the flags.
+        """
+        self._rehearsed_steps = steps
+        super().train()  # as far as _inner_training_loop
+        AcceleratorState._reset_state()  # or DeepSpeed's next Accelerator, the real Trainer's, is refused
+
+    def _build(self, steps: int) -> None:
+        """Builds the loaders, the optimizer and the schedule, and looks at the schedule."""
+        self.get_train_dataloader()
+        if self.eval_dataset is not None:
+            self.get_eval_dataloader()
+        self.create_optimizer_and_scheduler(steps)
+        for step in sorted({0, 1, steps // 2, steps}) if hasattr(self.lr_scheduler, "lr_lambdas") else ():
+            for factor in self.lr_scheduler.lr_lambdas:
+                if not math.isfinite(factor(step)):
+                    raise ValueError(f"the learning rate of step {step} would be {factor(step)}")
+
     # -----------------------------------------------------------------------------------------------------------------
     # Steps
 
@@ -76,6 +111,8 @@ class AlpacaTrainer(Trainer):
         return result
 
     def _inner_training_loop(self, *args, **kwargs):
+        if self._rehearsed_steps:
+            return self._build(self._rehearsed_steps)
         self.throughput.restart()
         self._started = time.perf_counter()
         return super()._inner_training_loop(*args, **kwargs)
@@ -185,6 +222,22 @@ class AlpacaTrainer(Trainer):
             self.model._weight_conversions = []
         super()._save(output_dir, state_dict)
         self.model._weight_conversions = conversions
+        if self.args.should_save and self.processing_class is not None:
+            tokenizers.save_sentencepiece(
+                self.processing_class, output_dir or self.args.output_dir, cache_dir=self.args.cache_dir
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with resuming.damage_in_one_line(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with resuming.damage_in_one_line(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with resuming.damage_in_one_line(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _issue_warnings_after_load(self, load_result):
         if missing := sorted(set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)):
@@ -199,6 +252,8 @@ class AlpacaTrainer(Trainer):
             self._staging = os.path.dirname(folder)
             super()._save_checkpoint(model, trial)
             self._staging = None
+            if self.args.should_save and self.record is not None:
+                jdump(dict(self.record), os.path.join(folder, resuming.RECORD))
             if self.state.best_model_checkpoint == folder:
                 self.state.best_model_checkpoint = target
                 if self.args.should_save:
@@ -206,7 +261,7 @@ class AlpacaTrainer(Trainer):
         self._saved_at = self.state.global_step
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, best, use_mtime=True)
+            saving.rotate(self.args.output_dir, self.args.save_total_limit, target, best)
 
     def save_verified(self, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> int:
         """Saves the final model, reloads and checks it, and only then moves it into the output folder.
@@ -224,5 +279,7 @@ class AlpacaTrainer(Trainer):
         if not self.is_world_process_zero():
             return 0
         count = models.check_saved(staging, shapes, aliases)
+        if self.record is not None:
+            jdump(dict(self.record), os.path.join(staging, resuming.RECORD))
         saving.publish(staging, self.args.output_dir)
         return count

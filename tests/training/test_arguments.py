@@ -1,5 +1,6 @@
 """The flags of train.py: wrong ones are refused in one line, before anything runs."""
 
+import shutil
 import subprocess
 import sys
 
@@ -50,6 +51,9 @@ pytest_plugins = ["training_runs"]
         (["--max_tokens_per_pass", "-1"], "--max_tokens_per_pass must be at least 0, found -1"),
         (["--max_tokens_per_pass", "20"], "--max_tokens_per_pass 20 is too few for the longest example"),
         (["--lora_r", "4", "--lora_target_modules", "q_prj"], "--lora_target_modules q_prj: the model has no 'q_prj'"),
+        (["--max_steps", "0"], "--max_steps must be above 0, found 0; -1 trains --num_train_epochs"),
+        (["--neftune_noise_alpha", "-1", "--padding_free", "false"], "--neftune_noise_alpha must be at least 0"),
+        (["--prompt_boundary", "seperate"], "invalid choice: 'seperate' (choose from"),
     ],
 )
 def test_wrong_flag_is_refused_in_one_line(models, data, tmp_path, monkeypatch, flags, words):
@@ -58,6 +62,54 @@ def test_wrong_flag_is_refused_in_one_line(models, data, tmp_path, monkeypatch, 
         run(monkeypatch, models["llama"], data, tmp_path / "out", *flags)
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--adam_beta1 2", "ValueError: Invalid beta parameter"),
+        ("--adam_epsilon nan", "ValueError: Invalid epsilon value: nan"),
+        ("--dataloader_num_workers -1", "num_workers option should be non-negative"),
+        ("--dataloader_persistent_workers True", "persistent_workers option needs num_workers > 0"),
+        ("--warmup_steps nan", "cannot convert float NaN to integer"),
+        ("--optim galore_adamw", "ImportError: You need to install `galore_torch`"),
+        ("--optim_args foo", "ValueError"),
+        ("--lr_scheduler_kwargs foo", "TypeError"),
+        ('--lr_scheduler_kwargs {"bogus":1}', "unexpected keyword argument 'bogus'"),
+        ("--lr_scheduler_type warmup_stable_decay", "num_decay_steps"),
+        ('--accelerator_config {"bogus":1}', "unexpected keyword argument 'bogus'"),
+        ("--push_to_hub True", "offline"),
+        ("--use_liger_kernel True", "liger-kernel"),
+        ("--lora_r 4 --gradient_checkpointing True --gradient_checkpointing_kwargs foo", "ValueError"),
+    ],
+)
+def test_what_the_trainer_cannot_be_built_from_is_one_line(models, data, tmp_path, monkeypatch, flags, words):
+    """One net around the Trainer's construction, on a stand-in without weights; no list of flags."""
+    monkeypatch.setattr(train, "load_for_training", None)
+    with pytest.raises(UserError, match=r"^the Trainer can't be built from these flags \(\w+: ") as refusal:
+        run(monkeypatch, models["llama"], data, tmp_path / "out", *flags.split())
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_best_model_is_found_by_what_an_evaluation_gives(models, data, tmp_path):
+    best = ("--load_best_model_at_end", "True", "--eval_fraction", "0.2", "--eval_strategy", "epoch")
+    more = (*best, "--save_strategy", "epoch", "--metric_for_best_model")
+    with pytest.raises(UserError, match="--metric_for_best_model rouge: an evaluation gives one metric here, eval_lo"):
+        parse_arguments(arguments(models["llama"], data, tmp_path, *more, "rouge"))
+    parse_arguments(arguments(models["llama"], data, tmp_path, *more, "eval_loss"))
+
+
+def test_tilde_is_the_home_folder_in_every_flag(models, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(models["llama"], tmp_path / "base")
+    shutil.copy(data, tmp_path / "data.json")
+    flags = arguments("~/base", "~/data.json", "~/out", "--eval_data_path=~/data.json", "--cache_dir", "~/cache")
+    model_args, data_args, args = parse_arguments([*flags, "--resume_from_checkpoint", "~/out/checkpoint-2"])
+    found = (model_args.model_name_or_path, data_args.data_path, data_args.eval_data_path, args.output_dir)
+    found += (args.cache_dir, args.resume_from_checkpoint)
+    names = ("base", "data.json", "data.json", "out", "cache", "out/checkpoint-2")
+    assert found == tuple(str(tmp_path / name) for name in names)
 
 
 def test_output_dir_that_is_a_file_is_refused(models, data, tmp_path, monkeypatch):

@@ -48,6 +48,25 @@ def test_weight_diff_is_not_trained(models, data, tmp_path, monkeypatch):
         run(monkeypatch, str(diff), data, tmp_path / "out")
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_model_that_brings_code_of_its_own_is_refused(models, data, tmp_path, monkeypatch, file):
+    """Were it run, the code would write a file; on a terminal transformers would ask and wait."""
+    folder = tmp_path / "model"
+    shutil.copytree(models["opt"], folder)
+    config = json.loads((folder / file).read_text())
+    if file == "config.json":
+        config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    else:
+        config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.T", None]}}
+    (folder / file).write_text(json.dumps(config))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    words = r"brings code of its own \(auto_map .*\), and such code is never run|cannot load .*tokenizer"
+    with pytest.raises(UserError, match=words) as refusal:
+        run(monkeypatch, str(folder), data, tmp_path / "out")
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_chat_template_starts_with_bos_only_where_the_tokenizer_does():
     assert alpaca_chat_template(True).startswith("{{ bos_token }}")
     assert "bos_token" not in alpaca_chat_template(False)

@@ -1,7 +1,11 @@
 """LoRA adapters: they learn, and merge into their model."""
 
 import os
+import resource
+import shutil
+import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +19,7 @@ from alpaca.training import lora, saving, sharding
 pytest_plugins = ["training_runs"]
 
 
-def test_lora_learns_and_merges_to_equal_logits(models, data, tmp_path, monkeypatch):
+def test_lora_learns_and_merges_to_equal_logits(models, data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     more = ("--lora_r", "8", "--learning_rate", "2e-2", "--num_train_epochs", "4")
     found = run(monkeypatch, models["llama"], data, out, *more)
@@ -39,10 +43,50 @@ def test_lora_learns_and_merges_to_equal_logits(models, data, tmp_path, monkeypa
         lora.merge(str(out), data)
     with pytest.raises(UserError, match=r"out is not an adapter of .*opt: .*; name its model with --base_model"):
         lora.merge(str(out), str(tmp_path / "other"), base_model=models["opt"])
-    monkeypatch.setattr(model_loading, "check_saved", lambda folder, *shapes: [] / 0)
-    with pytest.raises(TypeError):
-        lora.merge(str(out), str(tmp_path / "broken"))
-    assert os.listdir(tmp_path / "broken") == [saving.STAGING], "what was not read back looks like no model"
+    printed = capsys.readouterr().out
+    serving = (
+        f"vllm serve {models['llama']} --enable-lora --lora-modules alpaca={out} --chat-template {out}/chat_template"
+    )
+    assert serving in printed
+    for folder in (out, tmp_path / "merged"):
+        assert (folder / "tokenizer.model").read_bytes() == Path(models["llama"], "tokenizer.model").read_bytes()
+    assert not (tmp_path / "merged" / "added_tokens.json").exists(), "a LoRA run adds no token"
+    assert "--chat-template" in (out / "README.md").read_text()
+    assert "merged into" in (tmp_path / "merged" / "README.md").read_text()
+    merge_fails_cleanly(out, tmp_path, monkeypatch)
+
+
+def merge_fails_cleanly(adapter, tmp_path, monkeypatch):
+    """One line, and nothing stays that would look like a model or block the next merge."""
+    with monkeypatch.context() as patch:
+        patch.setattr(model_loading, "check_saved", lambda folder, *shapes: [] / 0)
+        with pytest.raises(TypeError):
+            lora.merge(str(adapter), str(tmp_path / "broken"))
+    assert not (tmp_path / "broken").exists()
+    no_more, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))  # a disk that is full after 300 KB
+    try:
+        with pytest.raises(
+            UserError, match=r"cannot save into .*full, .* free \(.*\)\. The adapter is unchanged"
+        ) as full:
+            lora.merge(str(adapter), str(tmp_path / "full"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, no_more)
+    assert "\n" not in str(full.value)
+    (tmp_path / "killed" / saving.STAGING).mkdir(parents=True)
+    (tmp_path / "killed" / saving.STAGING / "model.safetensors").write_text(
+        "half a model, from a merge that was killed"
+    )
+    lora.merge(str(adapter), str(tmp_path / "killed"))
+    assert not (tmp_path / "killed" / saving.STAGING).exists()
+    for name, content in (("adapter_model.safetensors", b"x" * 99), ("adapter_config.json", b'{"r": 4}')):
+        cut = shutil.copytree(adapter, tmp_path / f"cut-{name}")
+        (cut / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"is not an adapter of|names no base_model_name_or_path") as refusal:
+            lora.merge(str(cut), str(tmp_path / "never"))
+        assert "\n" not in str(refusal.value)
+        assert not (tmp_path / "never").exists()
 
 
 def test_lora_in_bfloat16_learns_what_float32_learns(models, data, tmp_path, monkeypatch):

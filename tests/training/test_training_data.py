@@ -80,9 +80,39 @@ def test_a_run_tokenizes_through_preprocess(llama_dir, data, monkeypatch):
     seen, preprocess = [], train.preprocess
     monkeypatch.setattr(train, "preprocess", lambda *arguments: seen.append(arguments) or preprocess(*arguments))
     dataset = train.SupervisedDataset(data, tokenizer)
-    [(sources, targets, _)] = seen
+    [(sources, targets, _, boundary)] = seen
+    assert boundary == "joint"
     assert len(sources) == len(targets) == len(dataset)
     assert targets[0].endswith(tokenizer.eos_token), "as the original called it"
+
+
+def test_cache_that_others_may_write_into_is_not_read(llama_dir, traps, tmp_path, capsys):
+    tokenizer, _ = load(llama_dir)
+    texts = ([format_prompt(e) for e in traps[:5]], [e["output"] for e in traps[:5]])
+    cache, calls = tmp_path / "cache", []
+
+    def tokenize(*arguments):
+        calls.append(arguments)
+        return train.preprocess(*arguments)
+
+    training_data.tokenize_once(tokenize, *texts, tokenizer, str(cache))
+    assert cache.stat().st_mode & 0o777 == 0o700
+    for mode, times in ((0o755, 1), (0o775, 2), (0o757, 3)):
+        cache.chmod(mode)
+        training_data.tokenize_once(tokenize, *texts, tokenizer, str(cache))
+        assert len(calls) == times, oct(mode)
+    assert capsys.readouterr().out.count("tokens not cached: others may write into") == 2
+
+
+def test_each_boundary_has_its_own_tokens_in_the_cache(llama_dir, tmp_path):
+    tokenizer, _ = load(llama_dir)
+    texts = (["### Response:"], ["- one"])
+    joint, separate = (
+        training_data.tokenize_once(train.preprocess, *texts, tokenizer, str(tmp_path), boundary)
+        for boundary in ("joint", "separate")
+    )
+    assert ours(joint) != ours(separate)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_broken_cache_is_tokenized_again(llama_dir, traps, tmp_path):
