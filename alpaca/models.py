@@ -19,6 +19,11 @@ def one_line_load_errors(name_or_path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{name_or_path} brings Python code of its own, which is never run here; convert it to an architecture "
+                "that transformers has, or take another model"
+            ) from error
         asked = "" if os.path.exists(name_or_path) else "there is no such folder, and the Hub was asked in vain; "
         raise UserError(f"cannot load {name_or_path}: {asked}{' '.join(str(error).split())[:300]}") from error
 
@@ -46,6 +51,7 @@ def load_model(name_or_path: str, dtype: Any, cache_dir: str | None = None, devi
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,  # None would ask a person in a terminal
             **placement,
         )
     for name, found, expected in sorted(info["mismatched_keys"]):

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from alpaca.cli import UserError
+from alpaca.inference.sampling import check_example_text, check_sampling
 from alpaca.prompts import format_prompt
-from alpaca.records import check_text
 
 # A batch of another size rounds float32 matrix products differently, and two tokens that nearly tie may change places.
 # "Nearly" means that the best token leads by less than this share of the largest logit: with a largest logit of 20, by
@@ -31,11 +31,12 @@ class Alpaca:
         path: The folder or Hub id that it was loaded from.
         name: The last part of that path.
         context: How many tokens fit, prompt and answer together.
+        fingerprint: Tells this checkpoint's files from others'.
         eos_token_ids: The tokens that end an answer.
         pad_token_id: The token that fills up a batch.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, path: str):
+    def __init__(self, model: Any, tokenizer: Any, path: str, fingerprint: str = ""):
         """Checks that the model and its tokenizer fit each other.
 
         Raises:
@@ -52,7 +53,8 @@ class Alpaca:
                 f"{path}: the tokenizer has no EOS token, so no answer would ever end; "
                 'set "eos_token" in its tokenizer_config.json'
             )
-        self.model, self.tokenizer, self.path = model, tokenizer, path
+        self.model, self.tokenizer, self.path, self.fingerprint = model, tokenizer, path, fingerprint
+        self._streams: dict[threading.Thread, threading.Event] = {}  # what is being written -> what stops it
         self.name = os.path.basename(os.path.normpath(path))
         eos = model.generation_config.eos_token_id
         # Some models end a turn with a token other than the EOS of their texts. Either one ends the answer.
@@ -84,8 +86,7 @@ class Alpaca:
         Raises:
             UserError: A field is not valid text, or not even the template fits the context.
         """
-        for field in ("instruction", "input"):
-            check_text(f"the {field}", example.get(field) or "")
+        check_example_text(example)
         ids = whole = self._prompt_ids(example)
         available = self.context - self.answer_length(max_new_tokens)
         cut = []
@@ -123,12 +124,7 @@ class Alpaca:
         """
         from transformers import GenerationConfig
 
-        if max_new_tokens < 1:
-            raise UserError(f"--max_new_tokens must be 1 or more, found {max_new_tokens}")
-        if temperature < 0:
-            raise UserError(f"--temperature must be 0 (greedy) or more, found {temperature}")
-        if not 0 < top_p <= 1:
-            raise UserError(f"--top_p must be above 0 and at most 1, found {top_p}")
+        check_sampling(max_new_tokens, temperature, top_p)
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         return GenerationConfig(
             max_new_tokens=self.answer_length(max_new_tokens),
@@ -136,6 +132,10 @@ class Alpaca:
             pad_token_id=self.pad_token_id,
             **(sampling if temperature else {"do_sample": False}),
         )
+
+    def describe(self, settings: Any) -> dict[str, Any]:
+        """Lists what an answer depends on besides its prompt and the seed."""
+        return {"model": self.fingerprint, "dtype": str(self.model.dtype), "settings": settings.to_diff_dict()}
 
     def decode(self, ids: list[int]) -> str:
         """Turns an answer's token ids into text, without the special tokens."""
@@ -175,6 +175,7 @@ class Alpaca:
                 pieces.put(error)
 
         thread = threading.Thread(target=work, daemon=True)
+        self._streams[thread] = stop
         thread.start()
         try:
             while (piece := pieces.get()) is not None:
@@ -182,6 +183,13 @@ class Alpaca:
                     raise piece
                 yield piece
         finally:
+            stop.set()
+            thread.join()
+            self._streams.pop(thread, None)
+
+    def close(self) -> None:
+        """Stops every answer that is being written. Python must not exit while a thread still computes in torch."""
+        for thread, stop in list(self._streams.items()):
             stop.set()
             thread.join()
 
