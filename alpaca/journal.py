@@ -138,7 +138,7 @@ def read_journal(path: str, format: Format) -> tuple[dict[Hashable, dict[str, An
         last = number == len(lines)
         if line.strip():
             record = None
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
             if record is None and last and format.begins_like_a_line(line):
                 break

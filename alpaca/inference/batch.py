@@ -58,7 +58,7 @@ def warn_of_shared_instructions(examples: list[dict[str, str]]) -> None:
         helps = len({fold(example)["instruction"] for example in examples}) > len(counts)
         hint = "; --fold_input tells them apart by their inputs" if helps else ""
         say(
-            f"warning: {shared:,} records share their instruction with another, most of them "
+            f"warning: {shared:,} records share their instruction with another, such as "
             f"{counts.most_common(1)[0][0]!r:.50}; AlpacaEval's judge sees no input and pairs each with each{hint}"
         )
 
@@ -76,7 +76,7 @@ def encode_all(alpaca: Alpaca | Engine, examples: list[dict[str, str]], settings
 
 def _rows(record: Any) -> tuple[int, ...] | None:
     rows, outputs = record["rows"], record["outputs"] if record["rows"] else []
-    fits = len(rows) == len(outputs) and all(isinstance(row, int) for row in rows)
+    fits = len(rows) == len(outputs) and all(type(row) is int for row in rows)
     return tuple(rows) if fits and all(isinstance(text, str) for text in outputs) else None
 
 
