@@ -90,7 +90,7 @@ def build_demo(alpaca: Alpaca | Engine, seed: int | None) -> Any:
                     top_p = gr.Slider(0.05, 1, value=0.9, step=0.05, label="Top-p")
                     max_new_tokens = gr.Slider(1, longest, value=min(600, longest), step=1, label="Max tokens")
             with gr.Column():
-                answer = gr.Textbox(label="Answer", lines=14, interactive=False, buttons=["copy"], elem_id="answer")
+                answer = gr.Textbox(label="Answer", lines=10, interactive=False, buttons=["copy"], elem_id="answer")
                 status = gr.Markdown(elem_id="status")
         gr.Examples(EXAMPLES, [instruction, input])
         fields = [instruction, input, temperature, top_p, max_new_tokens]

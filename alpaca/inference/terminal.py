@@ -13,7 +13,7 @@ def read_line(prompt: str) -> str | None:
     """
     if sys.stdin is None or sys.stdin.closed:
         return None
-    with contextlib.suppress(AttributeError):  # a test's StringIO
+    if sys.stdin.errors == "strict":
         sys.stdin.reconfigure(errors="surrogateescape")
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if in_terminal:
