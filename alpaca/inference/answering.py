@@ -1,6 +1,7 @@
 """Asks a loaded model in the format that it was trained on: one answer as a stream, or several at once."""
 
 import bisect
+import copy
 import os
 import queue
 import threading
@@ -210,23 +211,55 @@ class Alpaca:
         import torch
         from transformers import set_seed
 
+        if seed is not None:
+            set_seed(seed)
+        watch_ties = len(prompts) > 1 and not settings.do_sample and self.model.dtype == torch.float32
+        answers: list[list[int]] = [[] for _ in prompts]
+        waiting, tied = list(range(len(prompts))), set()
+        while waiting:
+            # All that wait have answers of the same length so far. Those that have ended would only be padded on: once
+            # they are the larger part, the others go on in a batch of their own.
+            left = settings.max_new_tokens - len(answers[waiting[0]])
+            asked = [prompts[row] + answers[row] for row in waiting]
+            rows, unsure = self._generate_until_most_have_ended(asked, settings, left, watch_ties)
+            tied |= {row for row, near in zip(waiting, unsure, strict=True) if near}
+            for row, ids in zip(waiting, rows, strict=True):
+                answers[row] += ids
+            length = len(rows[0])
+            waiting = [
+                row
+                for row, ids in zip(waiting, rows, strict=True)
+                if length < left and not self._has_ended(ids) and row not in tied
+            ]
+        answers = [self._until_eos(ids) for ids in answers]
+        for row in tied:
+            answers[row] = self.generate([prompts[row]], settings)[0]
+        return answers
+
+    def _generate_until_most_have_ended(
+        self, prompts: list[list[int]], settings: Any, max_new_tokens: int, watch_ties: bool
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Generates until half of the rows have ended; returns their new ids, and which rows came near a tie."""
+        import torch
+        from transformers import StoppingCriteriaList
+
         width = max(map(len, prompts))
         padded = [[self.pad_token_id] * (width - len(ids)) + ids for ids in prompts]
         mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
         ties = _Ties(width, self.eos_token_ids)
-        if seed is not None:
-            set_seed(seed)
-        watch_ties = len(prompts) > 1 and not settings.do_sample and self.model.dtype == torch.float32
+        config = copy.copy(settings)
+        config.max_new_tokens = max_new_tokens
         rows = self.model.generate(
             input_ids=torch.tensor(padded, device=self.model.device),
             attention_mask=torch.tensor(mask, device=self.model.device),
-            generation_config=settings,
+            generation_config=config,
             logits_processor=[ties] if watch_ties else None,
+            stopping_criteria=StoppingCriteriaList([_MostEnded(width, self.eos_token_ids)]),
         )[:, width:].tolist()
-        answers = [self._until_eos(row) for row in rows]
-        for row in ties.rows() if watch_ties else ():
-            answers[row] = self.generate([prompts[row]], settings)[0]
-        return answers
+        return rows, ties.rows() if watch_ties else [False] * len(rows)
+
+    def _has_ended(self, ids: list[int]) -> bool:
+        return not set(self.eos_token_ids).isdisjoint(ids)
 
     def _until_eos(self, ids: list[int]) -> list[int]:
         return ids[: next((i for i, token in enumerate(ids) if token in self.eos_token_ids), len(ids))]
@@ -293,5 +326,19 @@ class _Ties:
         self.tied = tied if self.tied is None else self.tied | tied
         return scores
 
-    def rows(self) -> list[int]:
-        return self.tied.nonzero().flatten().tolist()
+    def rows(self) -> list[bool]:
+        return self.tied.tolist()
+
+
+class _MostEnded:
+    """A stopping criterion that stops every row once half of them have ended."""
+
+    def __init__(self, prompt_width: int, eos_token_ids: list[int]):
+        self.prompt_width, self.eos_token_ids = prompt_width, eos_token_ids
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        import torch
+
+        eos = torch.tensor(self.eos_token_ids, device=input_ids.device)
+        ended = torch.isin(input_ids[:, self.prompt_width :], eos).any(dim=1).sum()
+        return torch.full((input_ids.shape[0],), bool(2 * ended >= len(input_ids)), device=input_ids.device)

@@ -189,7 +189,7 @@ def build_judging(verdicts: Verdicts) -> Any:
         input = gr.Textbox(label="Input", interactive=False)
         with gr.Row():
             # Two answers side by side need 2 x 320 pixels; on a phone they stand one under the other.
-            answers = [gr.Textbox(label=f"Answer {n}", lines=8, interactive=False, min_width=320) for n in (1, 2)]
+            answers = [gr.Textbox(label=f"Answer {n}", lines=5, interactive=False, min_width=320) for n in (1, 2)]
         with gr.Row():
             buttons = {choice: gr.Button(label, elem_id=f"choice-{choice}") for choice, label in labels.items()}
         key = gr.State("")
