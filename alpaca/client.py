@@ -232,28 +232,41 @@ class Client:
     def _hint(self) -> str:
         return "" if self.url.endswith("/v1") else " (the --base_url of such a server usually ends in /v1)"
 
-    async def complete(self, prompt: str | list[dict], model: str, **parameters: Any) -> Completion:
+    async def complete(
+        self,
+        prompt: str | list[dict],
+        model: str,
+        on_text: Callable[[str], None] | None = None,
+        **parameters: Any,
+    ) -> Completion:
         """Completes one prompt.
 
         Args:
             prompt: A text, or chat messages.
             model: The model's name at the server.
+            on_text: Called with the text so far whenever it has grown. After a lost connection it starts again.
             parameters: `max_tokens`, `temperature` and so on. Those that the server refuses by name are renamed or
                 left out from then on, and the request is sent again.
 
         Raises:
             UserError: Trying again is useless, or was useless `max_retries` times.
         """
-        return await self.patiently(lambda: self._attempt(prompt, model, parameters))
+        return await self.patiently(lambda: self._attempt(prompt, model, parameters, on_text))
 
-    async def _attempt(self, prompt: str | list[dict], model: str, parameters: dict[str, Any]) -> Completion:
+    async def _attempt(
+        self,
+        prompt: str | list[dict],
+        model: str,
+        parameters: dict[str, Any],
+        on_text: Callable[[str], None] | None = None,
+    ) -> Completion:
         """Sends a prompt, and sends it again in another form for as long as refusals teach one."""
         import openai
 
         while True:
             api, body = self.request(prompt, model, parameters)
             try:
-                completion = await self._send(api, body)
+                completion = await self._send(api, body, on_text)
                 self._settle_on(api)
                 return completion
             except openai.APIStatusError as error:
@@ -374,13 +387,14 @@ class Client:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return "chat", {"model": model, "messages": messages, **sent}
 
-    async def _send(self, api: str, body: dict[str, Any]) -> Completion:
+    async def _send(self, api: str, body: dict[str, Any], on_text: Callable[[str], None] | None = None) -> Completion:
         resource = self.openai.chat.completions if api == "chat" else self.openai.completions
         needed = {name: body[name] for name in ("model", "messages", "prompt") if name in body}
         # extra_body is sent as it is, so a parameter works even if this version of openai doesn't know it.
-        raw = await resource.with_raw_response.create(
-            **needed, extra_body={name: value for name, value in body.items() if name not in needed}
-        )
+        extra = {name: value for name, value in body.items() if name not in needed}
+        if on_text:
+            return await _read_stream(resource, {**needed, "extra_body": {**extra, "stream": True}}, on_text)
+        raw = await resource.with_raw_response.create(**needed, extra_body=extra)
         return read_completion(raw.text)
 
     def lesson(self, error: Any, body: dict[str, Any], api: str) -> Lesson | None:
@@ -596,6 +610,45 @@ def read_completion(body: str | dict) -> Completion:
     text = re.sub("[\ud800-\udfff]", "\ufffd", text or "")  # lone surrogates: JSON can hold them, UTF-8 can't
     reason = choice.get("finish_reason")
     return Completion(text, reason if isinstance(reason, str) else None, counts)
+
+
+async def _read_stream(resource: Any, request: dict[str, Any], on_text: Callable[[str], None]) -> Completion:
+    """Sends a request whose answer comes as server-sent events, and calls `on_text` with the text so far.
+
+    Raises:
+        Malformed: An event is not a part of a completion, or the answer broke off.
+    """
+    import httpx
+    import openai
+
+    text, reason = "", None
+    async with resource.with_streaming_response.create(**request) as raw:
+        try:
+            if "event-stream" not in raw.headers.get("content-type", ""):
+                return read_completion(await raw.text())  # a server that doesn't stream
+            async for line in raw.iter_lines():
+                kind, _, data = line.partition(":")
+                if kind != "data" or data.strip() == "[DONE]":
+                    continue
+                part = _read_part(data)
+                text, reason = text + part.text, part.finish_reason or reason
+                on_text(text)
+        except httpx.HTTPError as error:
+            raise openai.APIConnectionError(request=raw.http_request) from error
+    if reason is None:
+        raise Malformed("the answer broke off")
+    return Completion(text, reason, None)
+
+
+def _read_part(data: str) -> Completion:
+    try:
+        choices = json.loads(data)["choices"]
+        if not choices:  # the last event may hold nothing but the usage
+            return Completion("", None, None)
+        message = choices[0].get("delta") or {"text": choices[0].get("text")}
+        return read_completion({"choices": [{**choices[0], "message": {"text": None, **message}}]})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Malformed(f"a part of the answer is not a completion: {_one_line(data)[:120]}") from error
 
 
 def _text_of(body: Any) -> str:

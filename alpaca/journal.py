@@ -91,6 +91,19 @@ class Journal:
             raise
         self.records.update((self.format.key(record), record) for record in records)
 
+    def remove_last(self) -> dict[str, Any]:
+        """Takes the last record back, from the file too, and returns it.
+
+        Raises:
+            KeyError: There is no record.
+        """
+        _, record = self.records.popitem()
+        size = os.fstat(self._file).st_size
+        whole = os.pread(self._file, size, 0).rstrip()
+        os.ftruncate(self._file, whole.rfind(b"\n") + 1)
+        os.fsync(self._file)
+        return record
+
     def close(self) -> None:
         """Closes the file, which unlocks it, and removes it if it is empty."""
         with contextlib.suppress(OSError):

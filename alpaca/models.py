@@ -48,9 +48,9 @@ def load_model(name_or_path: str, dtype: Any, cache_dir: str | None = None, devi
             name_or_path,
             cache_dir=cache_dir,
             dtype=dtype,
-            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,  # None would ask a person in a terminal
             **placement,
         )
     for name, found, expected in sorted(info["mismatched_keys"]):

@@ -1,12 +1,18 @@
 """Tokens per second of `inference.py batch`: 16 prompts at once, and one at a time in the same run.
 
     python -m benchmarks.inference measure
+    python -m benchmarks.inference engine --base_url http://127.0.0.1:8000/v1 --model_path DIR
 
-The models are LLaMAs with random weights, so nothing is downloaded. The prompts are the seed tasks. First all answers
-have the same length; then their lengths vary like real ones (EOS has a fixed probability at each token), and a batch
-waits for its longest answer. Writes benchmarks/results/inference.json.
+`measure`: the models are LLaMAs with random weights, so nothing is downloaded. The prompts are the seed tasks. First
+all answers have the same length; then their lengths vary like real ones (EOS has a fixed probability at each token),
+and a batch waits for its longest answer. Writes benchmarks/results/inference.json.
+
+`engine`: `batch --base_url` against a client that does nothing but send and read, on a server that has the model of
+DIR, and against `batch --model_path` in this process. Writes benchmarks/results/inference_engine.json.
 """
 
+import asyncio
+import json
 import math
 import os
 import tempfile
@@ -14,8 +20,11 @@ import time
 
 import inference
 from alpaca.cli import run_cli
+from alpaca.client import Client
 from alpaca.files import jdump, jload
 from alpaca.inference import answering, loading
+from alpaca.inference.engine import NEUTRAL
+from alpaca.prompts import format_prompt
 from benchmarks.provenance import RESULTS, ROOT, provenance
 from demo import tiny_model
 
@@ -70,6 +79,62 @@ def measure_model(shape: dict) -> dict:
     }
 
 
+def engine(base_url: str, model_path: str, prompts: int = 64, new_tokens: int = 200, rounds: int = 3) -> None:
+    """Times a bare client, `batch --base_url` and `batch --model_path` on the same prompts, greedy and in float32.
+
+    Args:
+        base_url: A server that has the model of `model_path`, in float32, and nothing else to do.
+        model_path: The model's folder.
+        prompts: The number of seed tasks to answer.
+        new_tokens: The most tokens of an answer.
+        rounds: How often both clients of the server are timed, in turns; the fastest time counts.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tasks, data = inference.load_instances(os.path.join(ROOT, "seed_tasks.jsonl"))[:prompts], f"{folder}/data.json"
+        jdump(tasks, data)
+        name = asyncio.run(Client(base_url, api="completions").only_model())
+        asyncio.run(bare(base_url, name, tasks, new_tokens))  # fills the server's prefix cache for everybody
+        times: dict[str, list[float]] = {"bare_client": [], "batch_base_url": [], "batch_model_path": []}
+        for number in range(rounds):
+            start = time.perf_counter()
+            texts = asyncio.run(bare(base_url, name, tasks, new_tokens))
+            times["bare_client"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            inference.batch(data, f"{folder}/{number}.json", base_url=base_url, max_new_tokens=new_tokens)
+            times["batch_base_url"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        flags = {"max_new_tokens": new_tokens, "device": "cpu", "dtype": "float32"}
+        inference.batch(data, f"{folder}/process.json", model_path, **flags)
+        times["batch_model_path"].append(time.perf_counter() - start)
+        outputs = [[record["output"] for record in jload(f"{folder}/{n}.json")] for n in (rounds - 1, "process")]
+    best = {way: round(min(seconds), 2) for way, seconds in times.items()}
+    result = {
+        "what": f"{prompts} seed tasks, greedy, at most {new_tokens} new tokens; seconds, the best of {rounds} rounds",
+        "model": os.path.basename(os.path.normpath(model_path)),
+        "seconds": best,
+        "batch_over_bare": round(best["batch_base_url"] / best["bare_client"], 3),
+        "answers_equal_to_bare": sum(map(str.__eq__, outputs[0], texts)),
+        "answers_equal_to_model_path": sum(map(str.__eq__, *outputs)),
+        **provenance("torch", "transformers", "openai"),
+    }
+    jdump(result, os.path.join(RESULTS, "inference_engine.json"))
+    print(json.dumps(result, indent=1))
+
+
+async def bare(base_url: str, model: str, tasks: list[dict], new_tokens: int) -> list[str]:
+    """Sends all prompts at once and returns the texts: no retries, no journal, no files."""
+    import httpx
+
+    fixed = {"model": model, "max_tokens": new_tokens, "temperature": 0.0, **NEUTRAL}
+    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=64)) as client:
+
+        async def ask(task: dict) -> str:
+            answer = await client.post(f"{base_url}/completions", json={"prompt": format_prompt(task), **fixed})
+            return answer.json()["choices"][0]["text"]
+
+        return await asyncio.gather(*map(ask, tasks))
+
+
 def compare(alpaca: answering.Alpaca, prompts: list[list[int]], settings: object) -> dict:
     """Times both ways, counting tokens up to each answer's EOS."""
     step = len(prompts) // ALONE
@@ -107,4 +172,4 @@ def rounding(alpaca: answering.Alpaca, prompts: list[list[int]]) -> float:
 
 
 if __name__ == "__main__":
-    run_cli({"measure": measure})
+    run_cli({"measure": measure, "engine": engine})

@@ -1,6 +1,7 @@
 """Asks a loaded model in the format that it was trained on: one answer as a stream, or several at once."""
 
 import bisect
+import copy
 import os
 import queue
 import threading
@@ -8,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from alpaca.cli import UserError
+from alpaca.inference.sampling import check_example_text, check_sampling
 from alpaca.prompts import format_prompt
-from alpaca.records import check_text
 
 # A batch of another size rounds float32 matrix products differently, and two tokens that nearly tie may change places.
 # "Nearly" means that the best token leads by less than this share of the largest logit: with a largest logit of 20, by
@@ -31,11 +32,12 @@ class Alpaca:
         path: The folder or Hub id that it was loaded from.
         name: The last part of that path.
         context: How many tokens fit, prompt and answer together.
+        fingerprint: Tells this checkpoint's files from others'.
         eos_token_ids: The tokens that end an answer.
         pad_token_id: The token that fills up a batch.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, path: str):
+    def __init__(self, model: Any, tokenizer: Any, path: str, fingerprint: str = ""):
         """Checks that the model and its tokenizer fit each other.
 
         Raises:
@@ -52,7 +54,8 @@ class Alpaca:
                 f"{path}: the tokenizer has no EOS token, so no answer would ever end; "
                 'set "eos_token" in its tokenizer_config.json'
             )
-        self.model, self.tokenizer, self.path = model, tokenizer, path
+        self.model, self.tokenizer, self.path, self.fingerprint = model, tokenizer, path, fingerprint
+        self._streams: dict[threading.Thread, threading.Event] = {}  # what is being written -> what stops it
         self.name = os.path.basename(os.path.normpath(path))
         eos = model.generation_config.eos_token_id
         # Some models end a turn with a token other than the EOS of their texts. Either one ends the answer.
@@ -84,8 +87,7 @@ class Alpaca:
         Raises:
             UserError: A field is not valid text, or not even the template fits the context.
         """
-        for field in ("instruction", "input"):
-            check_text(f"the {field}", example.get(field) or "")
+        check_example_text(example)
         ids = whole = self._prompt_ids(example)
         available = self.context - self.answer_length(max_new_tokens)
         cut = []
@@ -123,12 +125,7 @@ class Alpaca:
         """
         from transformers import GenerationConfig
 
-        if max_new_tokens < 1:
-            raise UserError(f"--max_new_tokens must be 1 or more, found {max_new_tokens}")
-        if temperature < 0:
-            raise UserError(f"--temperature must be 0 (greedy) or more, found {temperature}")
-        if not 0 < top_p <= 1:
-            raise UserError(f"--top_p must be above 0 and at most 1, found {top_p}")
+        check_sampling(max_new_tokens, temperature, top_p)
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         return GenerationConfig(
             max_new_tokens=self.answer_length(max_new_tokens),
@@ -136,6 +133,10 @@ class Alpaca:
             pad_token_id=self.pad_token_id,
             **(sampling if temperature else {"do_sample": False}),
         )
+
+    def describe(self, settings: Any) -> dict[str, Any]:
+        """Lists what an answer depends on besides its prompt and the seed."""
+        return {"model": self.fingerprint, "dtype": str(self.model.dtype), "settings": settings.to_diff_dict()}
 
     def decode(self, ids: list[int]) -> str:
         """Turns an answer's token ids into text, without the special tokens."""
@@ -175,6 +176,7 @@ class Alpaca:
                 pieces.put(error)
 
         thread = threading.Thread(target=work, daemon=True)
+        self._streams[thread] = stop
         thread.start()
         try:
             while (piece := pieces.get()) is not None:
@@ -182,6 +184,13 @@ class Alpaca:
                     raise piece
                 yield piece
         finally:
+            stop.set()
+            thread.join()
+            self._streams.pop(thread, None)
+
+    def close(self) -> None:
+        """Stops every answer that is being written. Python must not exit while a thread still computes in torch."""
+        for thread, stop in list(self._streams.items()):
             stop.set()
             thread.join()
 
@@ -202,23 +211,55 @@ class Alpaca:
         import torch
         from transformers import set_seed
 
+        if seed is not None:
+            set_seed(seed)
+        watch_ties = len(prompts) > 1 and not settings.do_sample and self.model.dtype == torch.float32
+        answers: list[list[int]] = [[] for _ in prompts]
+        waiting, tied = list(range(len(prompts))), set()
+        while waiting:
+            # All that wait have answers of the same length so far. Those that have ended would only be padded on: once
+            # they are the larger part, the others go on in a batch of their own.
+            left = settings.max_new_tokens - len(answers[waiting[0]])
+            asked = [prompts[row] + answers[row] for row in waiting]
+            rows, unsure = self._generate_until_most_have_ended(asked, settings, left, watch_ties)
+            tied |= {row for row, near in zip(waiting, unsure, strict=True) if near}
+            for row, ids in zip(waiting, rows, strict=True):
+                answers[row] += ids
+            length = len(rows[0])
+            waiting = [
+                row
+                for row, ids in zip(waiting, rows, strict=True)
+                if length < left and not self._has_ended(ids) and row not in tied
+            ]
+        answers = [self._until_eos(ids) for ids in answers]
+        for row in tied:
+            answers[row] = self.generate([prompts[row]], settings)[0]
+        return answers
+
+    def _generate_until_most_have_ended(
+        self, prompts: list[list[int]], settings: Any, max_new_tokens: int, watch_ties: bool
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Generates until half of the rows have ended; returns their new ids, and which rows came near a tie."""
+        import torch
+        from transformers import StoppingCriteriaList
+
         width = max(map(len, prompts))
         padded = [[self.pad_token_id] * (width - len(ids)) + ids for ids in prompts]
         mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
         ties = _Ties(width, self.eos_token_ids)
-        if seed is not None:
-            set_seed(seed)
-        watch_ties = len(prompts) > 1 and not settings.do_sample and self.model.dtype == torch.float32
+        config = copy.copy(settings)
+        config.max_new_tokens = max_new_tokens
         rows = self.model.generate(
             input_ids=torch.tensor(padded, device=self.model.device),
             attention_mask=torch.tensor(mask, device=self.model.device),
-            generation_config=settings,
+            generation_config=config,
             logits_processor=[ties] if watch_ties else None,
+            stopping_criteria=StoppingCriteriaList([_MostEnded(width, self.eos_token_ids)]),
         )[:, width:].tolist()
-        answers = [self._until_eos(row) for row in rows]
-        for row in ties.rows() if watch_ties else ():
-            answers[row] = self.generate([prompts[row]], settings)[0]
-        return answers
+        return rows, ties.rows() if watch_ties else [False] * len(rows)
+
+    def _has_ended(self, ids: list[int]) -> bool:
+        return not set(self.eos_token_ids).isdisjoint(ids)
 
     def _until_eos(self, ids: list[int]) -> list[int]:
         return ids[: next((i for i, token in enumerate(ids) if token in self.eos_token_ids), len(ids))]
@@ -285,5 +326,19 @@ class _Ties:
         self.tied = tied if self.tied is None else self.tied | tied
         return scores
 
-    def rows(self) -> list[int]:
-        return self.tied.nonzero().flatten().tolist()
+    def rows(self) -> list[bool]:
+        return self.tied.tolist()
+
+
+class _MostEnded:
+    """A stopping criterion that stops every row once half of them have ended."""
+
+    def __init__(self, prompt_width: int, eos_token_ids: list[int]):
+        self.prompt_width, self.eos_token_ids = prompt_width, eos_token_ids
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        import torch
+
+        eos = torch.tensor(self.eos_token_ids, device=input_ids.device)
+        ended = torch.isin(input_ids[:, self.prompt_width :], eos).any(dim=1).sum()
+        return torch.full((input_ids.shape[0],), bool(2 * ended >= len(input_ids)), device=input_ids.device)

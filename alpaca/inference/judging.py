@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from alpaca.cli import UserError
+from alpaca.inference.terminal import read_line
 from alpaca.journal import Format, Journal
 from alpaca.records import check_text, load_records
 
 Z_95 = 1.959964  # the 97.5th percentile of the normal distribution
 CHOICES = ("a", "b", "tie")
+# What a person types, in the terminal and on the page.
+KEYS = {"1": "1", "2": "2", "3": "t", "t": "t", "u": "u", "q": "q"}
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class Pair:
 
     @property
     def shown(self) -> tuple[str, str]:
-        """Both answers in the order in which the person sees them."""
-        return (self.a, self.b) if self.first == "a" else (self.b, self.a)
+        """Both answers as the person sees them, without the space around them, which would tell the models apart."""
+        a, b = self.a.strip(), self.b.strip()
+        return (a, b) if self.first == "a" else (b, a)
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -110,10 +114,10 @@ class Verdicts(Journal):
         Raises:
             UserError: The file holds verdicts on other answers, or is no file of verdicts.
         """
-        self.names, known = names, {pair.key for pair in pairs}
+        self.names, self._pairs = names, {pair.key: pair for pair in pairs}
 
         def key(record: Any) -> str | None:
-            return record["key"] if record["key"] in known and record["better"] in CHOICES else None
+            return record["key"] if record["key"] in self._pairs and record["better"] in CHOICES else None
 
         super().__init__(path, Format("key", key, "a verdict on these answers", "--output"))
         self.waiting = [pair for pair in pairs if pair.key not in self.records]
@@ -131,6 +135,13 @@ class Verdicts(Journal):
         line |= {"input": pair.input, "output_a": pair.a, "output_b": pair.b, "generators": self.names}
         self.append([line])
         del self.waiting[0]
+
+    def undo(self) -> bool:
+        """Takes the last verdict back and puts its pair first again; False if there is no verdict."""
+        if not self.records:
+            return False
+        self.waiting.insert(0, self._pairs[self.remove_last()["key"]])
+        return True
 
     def summary(self) -> str:
         """Counts the first model's wins, ties and losses and gives the interval of its share of the decided pairs."""
@@ -157,16 +168,17 @@ def judge_in_terminal(verdicts: Verdicts) -> None:
         choice = _ask_choice()
         if choice == "q":
             break
-        verdicts.record(choice)
+        if choice != "u":
+            verdicts.record(choice)
+        elif not verdicts.undo():
+            print("there is no verdict to take back", file=sys.stderr)
     print(f"\n{verdicts.summary()}")
 
 
 def _ask_choice() -> str:
-    while True:
-        try:
-            choice = input("\nBetter: 1, 2, t (tie), or q (quit and continue later)? ").strip().lower()
-        except EOFError:
-            return "q"
-        if choice in ("1", "2", "t", "q"):
+    question = "\nBetter: 1, 2, 3 (tie), u (undo the last verdict), or q (quit and continue later)? "
+    while (line := read_line(question)) is not None:
+        if choice := KEYS.get(line.strip().lower()):
             return choice
-        print("please type 1, 2, t or q", file=sys.stderr)
+        print("please type 1, 2, 3, u or q", file=sys.stderr)
+    return "q"

@@ -1,6 +1,9 @@
 """Loads a checkpoint, or a LoRA adapter with its base model, and chooses the device and the dtype."""
 
 import contextlib
+import fnmatch
+import hashlib
+import json
 import os
 import sys
 import warnings
@@ -13,6 +16,9 @@ from alpaca.models import DIFF_MARK, host_memory, load_model, one_line_load_erro
 from alpaca.tokenizers import load_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
+# The files that decide what a model answers, and which of them are too large to be read once more.
+MODEL_FILES = ("*config.json", "*token*", "vocab.json", "merges.txt", "*.index.json")
+WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
 def load(model_path: str, device: str | None = None, dtype: str | None = None) -> Alpaca:
@@ -38,9 +44,29 @@ def load(model_path: str, device: str | None = None, dtype: str | None = None) -
         tokenizer, _ = load_tokenizer(source, model_max_length=context_length(model.config))
     if has_adapter:
         model = _with_adapter(model, model_path, len(tokenizer))
-    alpaca = Alpaca(model.eval(), tokenizer, model_path)
+    files = fingerprint(model_path) + (fingerprint(base) if has_adapter else "")
+    alpaca = Alpaca(model.eval(), tokenizer, model_path, files)
     say(f"{alpaca.name}: {model.num_parameters():,} parameters, {str(model.dtype)[6:]} on {model.device}")
     return alpaca
+
+
+def fingerprint(model_path: str) -> str:
+    """Tells whether a folder, or a Hub id in the cache, still holds the model that it held before.
+
+    Small files count with their content, weights with their size and the time of their last change.
+    """
+    from transformers.utils.hub import cached_file
+
+    folder = model_path if os.path.isdir(model_path) else os.path.dirname(cached_file(model_path, "config.json"))
+    found: dict[str, Any] = {}
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHT_FILES):
+            found[name] = [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+        elif any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES) and os.path.isfile(path):
+            with open(path, "rb") as file:
+                found[name] = hashlib.sha256(file.read()).hexdigest()
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def check_model_folder(model_path: str) -> None:
@@ -78,8 +104,8 @@ def pick_device(device: str | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()  # "meta" makes tensors, but none that hold a number
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
     return device
 
@@ -110,8 +136,9 @@ def _count_parameters(model_path: str) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path)).num_parameters()
+        return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
 def _load_quietly(model_path: str, device: str | None, dtype: str | None) -> Any:

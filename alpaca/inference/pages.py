@@ -10,6 +10,7 @@ from typing import Any
 
 from alpaca.cli import UserError, say
 from alpaca.inference.answering import Alpaca
+from alpaca.inference.engine import Engine
 from alpaca.inference.judging import Verdicts
 
 # Limits that the server enforces, whatever a browser or a script sends.
@@ -28,6 +29,13 @@ EXAMPLES = [
     ["Sort these animals from the smallest to the largest.", "horse, mouse, cat, elephant"],
     ["What is the capital of France, and what is it known for?", ""],
 ]
+
+# A press of a key clicks its button. Held down, it counts once.
+KEY_PRESSES = """() => document.addEventListener("keydown", event => {
+    const choice = {"1": "1", "2": "2", "3": "t", "t": "t", "u": "u"}[event.key];
+    if (choice && !event.repeat && !event.ctrlKey && !event.metaKey && !event.altKey)
+        document.getElementById("choice-" + choice)?.click();
+})"""
 
 
 def import_gradio() -> Any:
@@ -48,7 +56,7 @@ def import_gradio() -> Any:
 # Asking
 
 
-def build_demo(alpaca: Alpaca, seed: int | None) -> Any:
+def build_demo(alpaca: Alpaca | Engine, seed: int | None) -> Any:
     """Lays out the page on which a person asks the model.
 
     Args:
@@ -71,26 +79,41 @@ def build_demo(alpaca: Alpaca, seed: int | None) -> Any:
                 instruction = gr.Textbox(
                     label="Instruction", lines=3, max_length=MAX_INSTRUCTION_CHARACTERS, elem_id="instruction"
                 )
-                input = gr.Textbox(label="Input (optional)", lines=3, max_length=MAX_INPUT_CHARACTERS, elem_id="input")
-                # The values of Stanford's demo: https://github.com/tatsu-lab/stanford_alpaca/issues/35
-                temperature = gr.Slider(0, 2, value=0.7, step=0.05, label="Temperature (0: always the likeliest token)")
-                top_p = gr.Slider(0.05, 1, value=0.9, step=0.05, label="Top-p")
-                max_new_tokens = gr.Slider(1, longest, value=min(600, longest), step=1, label="Max tokens")
+                input = gr.Textbox(label="Input (optional)", lines=2, max_length=MAX_INPUT_CHARACTERS, elem_id="input")
+                go = gr.Button("Ask (Shift+Enter)", variant="primary", elem_id="ask")
+                stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
+                with gr.Accordion("Sampling", open=False, elem_id="sampling"):
+                    # The values of Stanford's demo: https://github.com/tatsu-lab/stanford_alpaca/issues/35
+                    temperature = gr.Slider(
+                        0, 2, value=0.7, step=0.05, label="Temperature (0: always the likeliest token)"
+                    )
+                    top_p = gr.Slider(0.05, 1, value=0.9, step=0.05, label="Top-p")
+                    max_new_tokens = gr.Slider(1, longest, value=min(600, longest), step=1, label="Max tokens")
             with gr.Column():
-                answer = gr.Textbox(label="Answer", lines=14, interactive=False, buttons=["copy"], elem_id="answer")
+                answer = gr.Textbox(label="Answer", lines=10, interactive=False, buttons=["copy"], elem_id="answer")
                 status = gr.Markdown(elem_id="status")
-                with gr.Row():
-                    go = gr.Button("Ask", variant="primary", elem_id="ask")
-                    stop = gr.Button("Stop", variant="stop", elem_id="stop")
         gr.Examples(EXAMPLES, [instruction, input])
         fields = [instruction, input, temperature, top_p, max_new_tokens]
-        running = gr.on([go.click, instruction.submit], ask, fields, [answer, status], concurrency_limit=1)
-        stop.click(lambda: "Stopped.", None, status, cancels=[running], queue=False)
+        # While something runs, Stop stands where Ask stood.
+        idle = [gr.update(visible=True), gr.update(visible=False)]
+        asked = gr.on(
+            [go.click, instruction.submit, input.submit],
+            lambda: idle[::-1],
+            None,
+            [go, stop],
+            queue=False,
+            api_name=False,
+        )
+        running = asked.then(ask, fields, [answer, status], concurrency_limit=1, api_name="ask")
+        running.then(lambda: idle, None, [go, stop], queue=False, api_name=False)
+        stop.click(
+            lambda: ["Stopped.", *idle], None, [status, go, stop], cancels=[running], queue=False, api_name=False
+        )
     return page.queue(max_size=MAX_QUEUE)
 
 
 def _answer(
-    alpaca: Alpaca,
+    alpaca: Alpaca | Engine,
     seed: int | None,
     instruction: str,
     input: str,
@@ -114,10 +137,13 @@ def _answer(
         raise gr.Error(str(error), print_exception=False) from error
     yield "", f"Note: {notice}." if notice else "Writing …"
     answer, start = "", time.perf_counter()
-    with contextlib.closing(alpaca.stream(ids, settings, seed)) as pieces:
-        for piece in pieces:
-            answer += piece
-            yield answer, gr.skip()
+    try:
+        with contextlib.closing(alpaca.stream(ids, settings, seed)) as pieces:
+            for piece in pieces:
+                answer += piece
+                yield answer, gr.skip()
+    except UserError as error:  # a server that can't be reached any more
+        raise gr.Error(str(error), print_exception=False) from error
     seconds = time.perf_counter() - start
     yield answer, f"Done in {seconds:.1f} s." + (f" Note: {notice}." if notice else "")
 
@@ -136,17 +162,23 @@ def build_judging(verdicts: Verdicts) -> Any:
     """
     gr = import_gradio()
 
+    labels = {"1": "Answer 1 is better (1)", "2": "Answer 2 is better (2)", "t": "Tie (3)", "u": "Undo (u)"}
+
     def show() -> list[Any]:
+        undo = gr.update(visible=bool(verdicts.records))
         if not verdicts.waiting:
-            return [verdicts.summary().replace("\n", "\n\n"), "", *[gr.update(visible=False)] * 7]
+            return [verdicts.summary().replace("\n", "\n\n"), "", *[gr.update(visible=False)] * 7, undo]
         pair = verdicts.waiting[0]
-        texts = [gr.update(value=text) for text in (pair.instruction, pair.input, *pair.shown)]
+        texts = [gr.update(value=text, visible=True) for text in (pair.instruction, pair.input, *pair.shown)]
         texts[1]["visible"] = bool(pair.input)
-        return [f"Pairs to go: {len(verdicts.waiting)}", pair.key, *texts, *[gr.update(visible=True)] * 3]
+        return [f"Pairs to go: {len(verdicts.waiting)}", pair.key, *texts, *[gr.update(visible=True)] * 3, undo]
 
     def choose(choice: str, key: str) -> list[Any]:
         # A double click, or a click in another tab, must not judge a pair that this tab has not shown.
-        if verdicts.waiting and verdicts.waiting[0].key == key:
+        shown = verdicts.waiting[0].key if verdicts.waiting else ""
+        if shown == key and choice == "u":
+            verdicts.undo()
+        elif shown == key and shown:
             verdicts.record(choice)
         return show()
 
@@ -156,13 +188,14 @@ def build_judging(verdicts: Verdicts) -> Any:
         instruction = gr.Textbox(label="Instruction", interactive=False)
         input = gr.Textbox(label="Input", interactive=False)
         with gr.Row():
-            answers = [gr.Textbox(label=f"Answer {number}", lines=12, interactive=False) for number in (1, 2)]
+            # Two answers side by side need 2 x 320 pixels; on a phone they stand one under the other.
+            answers = [gr.Textbox(label=f"Answer {n}", lines=5, interactive=False, min_width=320) for n in (1, 2)]
         with gr.Row():
-            labels = {"1": "Answer 1 is better", "t": "Tie", "2": "Answer 2 is better"}
-            buttons = {choice: gr.Button(label) for choice, label in labels.items()}
+            buttons = {choice: gr.Button(label, elem_id=f"choice-{choice}") for choice, label in labels.items()}
         key = gr.State("")
         outputs = [progress, key, instruction, input, *answers, *buttons.values()]
-        page.load(show, None, outputs)
+        page.load(show, None, outputs, api_name=False)
+        page.load(None, js=KEY_PRESSES)
         for choice, button in buttons.items():
             judge = partial(choose, choice)
             button.click(judge, key, outputs, concurrency_limit=1, concurrency_id="judge", show_progress="hidden")
@@ -190,7 +223,13 @@ def check_port(host: str, port: int) -> None:
 def serve(page: Any, host: str, port: int, share: bool) -> None:
     """Serves a page until Ctrl-C."""
     _, _, public = page.launch(
-        server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True, footer_links=[]
+        server_name=host,
+        server_port=port,
+        share=share,
+        quiet=True,
+        prevent_thread_lock=True,
+        footer_links=[],
+        max_file_size=1,  # byte: Gradio takes uploads on every page, and these pages want none
     )
     say(f"open http://{host}:{port} in a browser; Ctrl-C stops the server")
     if public:

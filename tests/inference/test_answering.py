@@ -54,6 +54,23 @@ def test_batches_of_opt_equal_one_at_a_time(root, tmp_path):
     assert alpaca.generate(prompts, settings) == [alpaca.generate([ids], settings)[0] for ids in prompts]
 
 
+def test_answers_that_have_ended_leave_the_batch(alpaca):
+    prompts = [alpaca.encode(example, 600)[0] for example in LESSONS]
+    settings, rows = alpaca.settings(600, 0.0, 1.0), []
+    hook = alpaca.model.register_forward_hook(
+        lambda _, args, kwargs, out: rows.append(len(out.logits)), with_kwargs=True
+    )
+    try:
+        answers = alpaca.generate(prompts, settings)
+    finally:
+        hook.remove()
+    lengths = sorted(len(ids) + 1 for ids in answers)  # with EOS
+    assert [alpaca.decode(ids) for ids in answers] == [lesson["output"] for lesson in LESSONS]
+    assert rows[0] == 6
+    assert rows[-1] == 1
+    assert sum(rows) < 0.6 * 6 * lengths[-1]  # what a batch that waits for its longest would compute
+
+
 def test_rows_with_near_ties_are_asked_again_alone(alpaca, monkeypatch):
     prompts = [alpaca.encode(example, 20)[0] for example in LESSONS[:3]]
     settings = alpaca.settings(20, 0.0, 1.0)
@@ -61,10 +78,10 @@ def test_rows_with_near_ties_are_asked_again_alone(alpaca, monkeypatch):
     generate = alpaca.model.generate
     monkeypatch.setattr(alpaca.model, "generate", lambda **k: shapes.append(len(k["input_ids"])) or generate(**k))
     expected = alpaca.generate(prompts, settings)
-    assert shapes == [3]
+    assert shapes == [3, 1]  # two of the three have ended by then
     monkeypatch.setattr(answering, "TIE", 1e9)
     assert alpaca.generate(prompts, settings) == expected
-    assert shapes == [3, 3, 1, 1, 1]
+    assert shapes == [3, 1, 3, 1, 1, 1]
 
 
 def test_overlong_input_is_cut_before_the_templates_tail_and_said(alpaca):

@@ -35,6 +35,23 @@ def test_compare_is_blind_resumable_and_counts(root, outputs):
     assert compare(root, outputs, []).strip() == second[second.index("model-a against") :].strip()
 
 
+def test_the_last_verdict_can_be_taken_back_even_after_a_break(root, outputs):
+    compare(root, outputs, ["1", "2", "q"])
+    kept = judged_pairs.read_verdicts(outputs)
+    compare(root, outputs, ["u", "3", "q"])
+    lines = judged_pairs.read_verdicts(outputs)
+    assert lines[0] == kept[0]
+    assert lines[1] == {**kept[1], "better": "tie"}
+    assert "(to go: 8)" in compare(root, outputs, ["u", "u", "u", "q"])
+    assert not os.path.exists(outputs[2])
+
+
+def test_space_around_an_answer_does_not_tell_who_wrote_it():
+    pair = judging.Pair("Q", "", "\n\n  Yes.\n\nNo. \n", "Maybe.", first="a", key="k")
+    assert pair.shown == ("Yes.\n\nNo.", "Maybe.")
+    assert pair.a == "\n\n  Yes.\n\nNo. \n"
+
+
 def test_quitting_before_the_first_verdict_leaves_no_file(root, outputs):
     assert "(to go: 8)\nno pair has been decided yet" in compare(root, outputs, ["q"])
     assert not os.path.exists(outputs[2])

@@ -59,7 +59,16 @@ def mark_diff(folder):
     jdump({**jload(path), "alpaca_weight_diff": True, "architectures": []}, path)
 
 
+def need_code(folder):
+    """Makes the model one that only its own Python file can build; the file would leave a mark if it ran."""
+    path = str(folder / "config.json")
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    jdump({**jload(path), "model_type": "own", "architectures": ["OwnModel"], "auto_map": auto_map}, path)
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+
+
 MISTAKES = {
+    "own code": (need_code, "brings Python code of its own, which is never run here"),
     "weight diff": (mark_diff, "is a weight diff, not a model; recover the model first: python weight_diff"),
     "no config": (lambda f: os.unlink(f / "config.json"), "has no config.json; expected a model's folder"),
     "inner folder": (hide_in_checkpoint, "did you mean .*checkpoint-20"),
@@ -82,6 +91,7 @@ def test_damaged_model_folder_is_refused_in_one_line(model_copy, name):
     with pytest.raises(UserError, match=message) as caught:
         loading.load(str(model_copy))
     assert "\n" not in str(caught.value)
+    assert not os.path.exists(model_copy / "ran")
 
 
 def test_lora_adapter_loads_on_its_base_and_changes_the_logits(model_path, tmp_path):
