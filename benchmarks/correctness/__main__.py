@@ -131,7 +131,8 @@ def make_inputs(folder: str) -> dict:
 
     Returns:
         Their paths: "model", "larger model", "texts", "template"; "uneven", "chat", "many" and each bad file by format;
-        "bad", the names of the bad files.
+        "bad", the names of the bad files; and the user "messages" of the
+        records, which have no input.
     """
     records = inputs.load_examples(inputs.DATA)
     uneven = inputs.uneven_records()
@@ -143,8 +144,9 @@ def make_inputs(folder: str) -> dict:
         "texts": os.path.join(folder, "texts.json"),
         "template": os.path.join(folder, "alpaca.jinja"),
         "uneven": inputs.write_records(folder, "uneven", uneven),
-        "many": inputs.write_records(folder, "many", records[:384]),
+        "many": inputs.write_records(folder, "many", records[: running.SPEED_EXAMPLES]),
         "bad": list(inputs.BAD),
+        "messages": [record["instruction"] for record in uneven],
     }
     for name, bad in inputs.bad_records().items():
         paths[f"bad: {name}"] = inputs.write_records(folder, f"bad {name}".replace(" ", "_"), bad)

@@ -89,10 +89,11 @@ def page(result: dict) -> str:
 
 
 SPEED_NOTE = """
-The same 384 examples of the bundled data in steps of 128, a LLaMA of 2.5 million parameters, float32, gradient
-checkpointing off, the first step not counted. A step of packs counts as the tokens that it holds. Peak memory is that
-of the process, its imports included. Variable-length attention, for which padding_free and packing are made, needs a
-GPU: these figures say nothing about one.
+The same 256 examples of the bundled data in steps of 128, a LLaMA of 2.5 million parameters, float32, one thread,
+gradient checkpointing off, the first step not counted; CPU time, which other programs on the machine hardly change. A
+step of packs counts as the tokens that it holds. Peak memory is that of the process, its imports included.
+Variable-length attention, for which padding_free and packing are made, needs a GPU: these figures say nothing about
+one.
 """
 
 
@@ -106,7 +107,7 @@ def speed(columns: list[dict]) -> str:
         else:
             figures = [f"{found['seconds']:.2f}", f"{found['peak_gib']:.2f}", f"{found['useful_tokens_per_s']:,.0f}"]
             rows.append([column["title"], *figures, ""])
-    return table(["", "seconds per 128 examples", "peak memory, GiB", "useful tokens/s", "note"], rows)
+    return table(["", "CPU seconds per 128 examples", "peak memory, GiB", "useful tokens per CPU second", "note"], rows)
 
 
 def settings(columns: list[dict]) -> str:

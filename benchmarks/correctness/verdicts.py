@@ -69,9 +69,10 @@ def judge(check: Check, runner: Runner, base: Runner) -> Cell:
     if runner is not base and check.name in UNTOUCHED_BY_PACKING:
         return Cell("", "same")
     try:
-        return check.judge(runner, base)
+        cell = check.judge(runner, base)
     except FailedRun as failed:
-        return Cell("", "not run", str(failed))
+        cell = Cell("", "not run", str(failed))
+    return dataclasses.replace(cell, note=cell.note.replace(os.path.dirname(runner.folder) + os.sep, ""))
 
 
 class FailedRun(Exception):
@@ -300,56 +301,53 @@ def judge_killed(runner: Runner, base: Runner) -> Cell:
 
 def judge_chat(runner: Runner, base: Runner) -> Cell:
     """Compares the ids of a chat prompt, from the saved folder, with the prompt that was trained on."""
-    facts_of(runner, "fit")
-    cell = _chat(runner, "fit")
+    cell = _chat(facts_of(runner, "fit"))
     if cell.verdict == "right" or "chat" not in runner.column.cures:
         return cell
-    facts_of(runner, "chat")
-    cured = _chat(runner, "chat")
+    try:
+        cured = _chat(facts_of(runner, "chat"))
+    except FailedRun as failed:
+        cured = Cell("fails", cell.verdict, str(failed)[:150])
+    verdict = "option" if cured.verdict == "right" else cured.verdict
     option = ", ".join(runner.column.cures["chat"])
-    verdict = "option" if cured.verdict == "right" else cell.verdict
-    return Cell(
-        f"{cell.text}; {cured.text}", verdict, f"{cell.note}; with {option}: {cured.note or 'equal'}", cell.value
-    )
+    note = "; ".join(part for part in (cell.note, f"with {option}: {cured.note or cured.text}") if part)
+    return Cell(f"{cell.text}; {cured.text}", verdict, note, cured.value)
 
 
-def _chat(runner: Runner, name: str) -> Cell:
-    from transformers import AutoTokenizer
-
-    from alpaca.files import jload
-
-    tokenizer = AutoTokenizer.from_pretrained(os.path.join(runner.folder, name, "model"))
-    records = jload(runner.inputs["uneven"]["alpaca"])
-    trained = []
-    for document in runner.facts[name]["tokens"]:
+def _chat(facts: dict) -> Cell:
+    if "error" in facts["chat"]:
+        return Cell("no template", "told", " ".join(facts["chat"]["error"].split())[:110], 0)
+    prompts = []
+    for document in facts["tokens"]:
         first = next(i for i, label in enumerate(document["labels"]) if label != IGNORE_INDEX)
-        trained.append(document["input_ids"][:first])
-    same = 0
-    for record in records:
-        message = [{"role": "user", "content": record["instruction"]}]
-        try:
-            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
-        except ValueError as error:
-            return Cell("no template", "told", " ".join(str(error).split())[:110], 0)
-        # A token across prompt and answer may be learned or not: the prompt that was trained on may lack its last one.
-        same += any(ids in (prompt, prompt[: len(ids)]) or ids[:-1] == prompt[: len(ids) - 1] for prompt in trained)
-    return Cell(f"{same} of {len(records)} equal", "right" if same == len(records) else "silent", value=same)
+        prompts.append(document["input_ids"][:first])
+    # The last token may have joined the answer's first character: it was trained on as another, or is learned.
+    found = facts["chat"]["ids"]
+    same = sum(any(ids[:-1] == prompt[: len(ids) - 1] for prompt in prompts) for ids in found)
+    note = "" if same else f"begins with the ids {found[0][:4]}, trained on {prompts[0][:4]}"
+    return Cell(f"{same} of {len(found)} equal", "right" if same == len(found) else "silent", note, same)
+
+
+PLACE = r"\b(record|row|line|index|example)s?\b\D{0,12}\b[78]\b"  # counted from 0 or from 1
 
 
 def judge_bad(runner: Runner, base: Runner) -> Cell:
-    """Looks at what became of a bad record 7."""
+    """Looks at what became of a bad record 7. A run that stops may name the place anywhere in what it prints."""
     placed = told = 0
     notes = []
     for name in runner.inputs["bad"]:
-        job = f"bad: {name}"
-        facts, output = runner.facts[job], runner.output[job]
-        said = facts.get("error", "") or warning_in(output, r"\b(invalid|empty|dropped|bad|skipp)")
-        has_place = bool(re.search(r"\b(record|row|line|index|example)s?\b\D{0,12}\b[78]\b", said))
-        placed += has_place
-        told += bool(said)
+        facts, output = runner.facts[f"bad: {name}"], runner.output[f"bad: {name}"]
+        said, place = facts.get("error", ""), ""
+        if said:
+            lines = [line for line in output.splitlines() if not line.lstrip().startswith('File "')]  # of a traceback
+            place = warning_in("\n".join([said, *lines]), PLACE)
+        else:
+            said = warning_in(output, r"\b(invalid|empty|dropped|bad|skipp)")
+            place = said if re.search(PLACE, said) else ""
+        placed, told = placed + bool(place), told + bool(said)
+        line = " ".join((place or said).replace(os.path.dirname(runner.folder) + os.sep, "").split())
         count = len(facts.get("tokens", []))
-        what = " ".join(said.split())[:110] if said else f"trains on {count} of 12 without a word"
-        notes.append(f"{name}: {what}")
+        notes.append(f"{name}: {line[-150:] if line else f'trains on {count} of 12 without a word'}")
     total = len(runner.inputs["bad"])
     verdict = "right" if placed == total else "told" if told == total else "silent"
     return Cell(f"{placed} placed, {told} told of {total}", verdict, "; ".join(notes), placed)

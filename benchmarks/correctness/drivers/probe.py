@@ -25,16 +25,16 @@ IGNORE_INDEX = -100
 
 
 class Recorder(transformers.TrainerCallback):
-    """Writes down the gradient of the first step and the seconds of every step."""
+    """Writes down the gradient of the first step, and the seconds and CPU seconds of every step."""
 
     def __init__(self, job: dict, facts: dict):
         """Remembers where to write."""
         self.job, self.facts = job, facts
-        facts["seconds"] = []
+        facts["seconds"], facts["cpu_seconds"] = [], []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """Starts the clock."""
-        self.start = time.perf_counter()
+        """Starts the clocks."""
+        self.start = time.perf_counter(), time.process_time()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Saves the gradient; clipping is off in every job that asks for it."""
@@ -47,8 +47,9 @@ class Recorder(transformers.TrainerCallback):
             save_file(gradient, os.path.join(self.job["out"], "gradient.safetensors"))
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Stops the clock."""
-        self.facts["seconds"].append(time.perf_counter() - self.start)
+        """Stops the clocks."""
+        self.facts["seconds"].append(time.perf_counter() - self.start[0])
+        self.facts["cpu_seconds"].append(time.process_time() - self.start[1])
 
 
 def documents(trainer) -> list[dict[str, list[int]]]:
@@ -161,6 +162,26 @@ def resolve(size: int | str, rows: int) -> int:
     return size if isinstance(size, int) else 0 if rows % parts[size] else rows // parts[size]
 
 
+def chat_prompts(job: dict) -> dict:
+    """Loads the saved tokenizer, as a server would, and formats one user message after another.
+
+    Returns:
+        `ids`, one list for each message, or the `error` that the tokenizer raises.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(os.path.join(job["out"], "model"))
+    try:
+        return {
+            "ids": [
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
+                )["input_ids"]
+                for text in job["messages"]
+            ]
+        }
+    except ValueError as error:
+        return {"error": str(error)}
+
+
 def run_job(job: dict, run, find_leak) -> None:
     """Runs one job; writes its facts or the error that stopped it, and what it printed."""
     os.makedirs(job["out"], exist_ok=True)
@@ -184,6 +205,8 @@ def run_job(job: dict, run, find_leak) -> None:
         if all(facts["split"]):
             watch(job, facts, find_leak)
             run(job)
+            if "messages" in job:
+                facts["chat"] = chat_prompts(job)
     except (Exception, SystemExit) as error:
         facts["error"] = f"{type(error).__name__}: {error}"
         traceback.print_exc()
