@@ -5,6 +5,7 @@ a question. Each step prints the command that a user would type and runs it. Thi
 so that `python -m demo check` can check a machine before anything is installed on it.
 """
 
+import contextlib
 import filecmp
 import json
 import os
@@ -62,12 +63,25 @@ def run(command):
         [sys.executable, *module, *words[1:]], stdout=subprocess.PIPE, text=True, env=environment
     )
     printed = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        printed.append(line)
-    if process.wait():
+    with ending(process, signal.SIGTERM):
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            printed.append(line)
+        process.wait()
+    if process.returncode:
         refuse(f"the command above ended with exit status {process.returncode}; the demo stops here")
     return "".join(printed)
+
+
+@contextlib.contextmanager
+def ending(process, how):
+    """Ends a process with the block, however that ends: by an error, Ctrl-C, or a signal that `main` turns into one."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.send_signal(how)
+        process.wait()
 
 
 def load(path):
@@ -83,16 +97,18 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_replay(port):
-    """Starts the server of recorded completions and waits until it is ready. If it fails to start, the demo ends."""
+@contextlib.contextmanager
+def replay_server(port):
+    """Runs the server of recorded completions during the block. If it fails to start, the demo ends."""
     command = f"python -m demo.replay --port {port}"
     print(f"\n$ {command} &", flush=True)
     server = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], stdout=subprocess.PIPE, text=True)
-    line = server.stdout.readline()
-    if not line:
-        sys.exit(server.wait())  # it has printed the reason
-    print(line, end="", flush=True)
-    return server
+    with ending(server, signal.SIGINT):
+        line = server.stdout.readline()
+        if not line:
+            sys.exit(server.wait())  # it has printed the reason
+        print(line, end="", flush=True)
+        yield
 
 
 def generate(port):
@@ -102,15 +118,11 @@ def generate(port):
         "A local server replays completions that a large model wrote earlier, so this needs no key and costs nothing.\n"
         "    The client, the parser, the filters and the ROUGE-L de-duplication are those of a paid run.",
     )
-    server = start_replay(port)
-    try:
+    with replay_server(port):
         run(
             f"{GENERATE} --output_dir {OUTPUT}/generated --base_url http://127.0.0.1:{port}/v1 --model_name recorded "
             f"--seed 0 --num_instructions_to_generate {TASKS} --price_input 0 --price_output 0"
         )
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait()
     if load(DATA) != load("alpaca_data.json")[:TASKS]:
         refuse(f"{DATA} differs from the start of the bundled alpaca_data.json; has a file of the project changed?")
     print(
@@ -180,6 +192,9 @@ def answer():
 
 def main():
     """Runs the four steps in a new folder and says what to do next."""
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     check("run")
     port = os.environ.get("PORT") or str(free_port())
     if not port.isdigit():

@@ -84,12 +84,14 @@ def measure(held_out: list[dict], answers: list[str], count_tokens) -> dict:
         count_tokens: text -> number of tokens.
 
     Returns:
-        `ended`: share of the answers that stayed below the limit of tokens. `words`: their mean length. `exact`: share
-        that equals the data's, of the tasks with an answer of few words, compared as `plain` says.
+        `ended`: share of the answers that stayed below the limit of tokens. `empty`: share without a word. `words`:
+        their mean length. `exact`: share that equals the data's, of the tasks with an answer of few words, compared as
+        `plain` says.
     """
     few = [(task, answer) for task, answer in zip(held_out, answers, strict=True) if has_few_words(task)]
     return {
         "ended": sum(count_tokens(answer) < MAX_NEW_TOKENS for answer in answers) / len(answers),
+        "empty": sum(not answer.strip() for answer in answers) / len(answers),
         "words": sum(len(answer.split()) for answer in answers) / len(answers),
         "exact": sum(plain(answer) == plain(task["output"]) for task, answer in few) / max(1, len(few)),
     }
@@ -205,6 +207,7 @@ def _measures_table(measured: dict, held_out: list[dict]) -> str:
     rows = [
         ("loss", "loss", "{:.3f}"),
         ("answers that end by themselves", "ended", "{:.0%}"),
+        ("empty answers", "empty", "{:.0%}"),
         ("words in an answer, on average", "words", "{:.0f}"),
         (f"exact answers, of the {few} with at most {FEW_WORDS} words", "exact", "{:.0%}"),
     ]
@@ -247,7 +250,7 @@ def _cell(text: str, limit: int = 240) -> str:
 def _costs_table(costs: dict, history: list[dict]) -> str:
     lines = ["| step | time | peak memory |", "|---|---:|---:|"]
     for title, cost in costs.items():
-        lines.append(f"| {title} | {cost['seconds']:,.0f} s | {cost['memory_gib']:.1f} GiB |")
+        lines.append(f"| {title} | {cost['seconds']:,.0f} s | {size_text(cost['memory_gib'] * 2**30)} |")
     lines.append(f"| all | {sum(cost['seconds'] for cost in costs.values()) / 60:,.1f} min | |")
     rates = [entry["useful_tokens_per_s"] for entry in history if "useful_tokens_per_s" in entry]
     middle = sorted(rates)[len(rates) // 2] if rates else 0

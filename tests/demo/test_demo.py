@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -57,6 +58,25 @@ def test_ctrl_c_ends_the_demo_without_a_traceback(root, tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == ""
         assert process.wait() == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("moment", ["server starts", "server runs"])
+def test_a_demo_that_is_ended_leaves_no_process_behind(root, tmp_path, number, moment):
+    shutil.copytree(f"{root}/demo", tmp_path / "demo")
+    sleeper = "import os, pathlib, time; pathlib.Path(f'{os.getpid()}.pid').touch(); time.sleep(60)"
+    ready = "print('ready', flush=True); " if moment == "server runs" else ""
+    (tmp_path / "demo" / "replay.py").write_text(ready + sleeper)
+    (tmp_path / "generate_instruction.py").write_text(sleeper)
+    processes = 1 if moment == "server starts" else 2
+    with subprocess.Popen([sys.executable, "-m", "demo"], cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        while len(pids := list(tmp_path.glob("*.pid"))) < processes:
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 128 + number
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.stem), 0)
 
 
 @pytest.mark.parametrize("python", ["no-such-python", "false"])

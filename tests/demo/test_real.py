@@ -46,7 +46,7 @@ def test_measures_count_what_they_say():
     held_out = [task("Capital of Peru?", "Lima"), task("2 + 2?", "4."), task("Explain.", "It is what it is.")]
     answers = ["lima.", "5", "word " * real.MAX_NEW_TOKENS]
     found = real.measure(held_out, answers, lambda text: len(text.split()))
-    assert found == {"ended": 2 / 3, "words": (1 + 1 + real.MAX_NEW_TOKENS) / 3, "exact": 1 / 2}
+    assert found == {"ended": 2 / 3, "empty": 0.0, "words": (1 + 1 + real.MAX_NEW_TOKENS) / 3, "exact": 1 / 2}
     assert real.changes(held_out, ["Rome", "4", ""], ["Lima", "5", ""]) == (["Capital of Peru?"], ["2 + 2?"])
 
 
@@ -84,6 +84,7 @@ def test_report_shows_failures_like_successes_and_what_it_cost(tmp_path, capsys)
     real.report(str(tmp_path))
     text = (tmp_path / "report.md").read_text()
     assert "| loss | 3.500 | 3.250 |  |" in text
+    assert "| empty answers | 33% | 0% |  |" in text
     assert "| exact answers, of the 2 with at most 3 words | 50% | 50% |  |" in text
     assert "| Capital of Peru? | Lima | Peru is<br>a country. | Lima |" in text
     assert r"| 2 \| 2? | 4 | 4 | 5 |" in text
