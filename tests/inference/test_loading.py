@@ -68,7 +68,7 @@ def need_code(folder):
 
 
 MISTAKES = {
-    "own code": (need_code, "brings code of its own \(auto_map .*\), and such code is never run"),
+    "own code": (need_code, r"brings code of its own \(auto_map .*\), and such code is never run"),
     "weight diff": (mark_diff, "is a weight diff, not a model; recover the model first: python weight_diff"),
     "no config": (lambda f: os.unlink(f / "config.json"), "has no config.json; expected a model's folder"),
     "inner folder": (hide_in_checkpoint, "did you mean .*checkpoint-20"),
