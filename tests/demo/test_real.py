@@ -109,9 +109,9 @@ def test_publishing_replaces_what_stood_between_the_marks_and_nothing_else(tmp_p
     for _ in range(2):
         real.publish(str(tmp_path / "run"))
     picture = "![Losses of the run, and the lengths of the answers](assets/real_report.png)"
-    assert (tmp_path / "README.md").read_text() == (
-        f"# Title\n\n<!-- report -->\n\n{picture}\n\n{table}\n\n`make real` · CPU · commit 1\n\n<!-- end of report -->\n\nThe end.\n"
-    )
+    shown = f"{picture}\n\n{table}\n\n`make real` · CPU · commit 1"
+    expected = f"# Title\n\n<!-- report -->\n\n{shown}\n\n<!-- end of report -->\n\nThe end.\n"
+    assert (tmp_path / "README.md").read_text() == expected
     page = (tmp_path / "docs" / "real_model.md").read_text()
     assert "![It](../assets/real_report.png)" in page
     assert "\n### Side by side\n" in page
