@@ -189,10 +189,11 @@ def publish(folder: str = OUTPUT) -> None:
     _, body = text.split("\n\n", 1)
     table = next(part for part in body.split("\n\n") if part.startswith("| on "))
     made = next(part for part in body.split("\n\n") if part.startswith("`make real`"))
-    picture = os.path.join("assets", "real_report.png")
+    picture = "assets/real_report.png"
     shutil.copyfile(os.path.join(folder, "report.png"), os.path.join(ROOT, picture))
     body = body.replace("(report.png)", f"(../{picture})").replace("\n## ", "\n### ")
-    for page, content in (("README.md", f"{table}\n\n{made}"), ("docs/real_model.md", body.strip())):
+    shown = f"![Losses of the run, and the lengths of the answers]({picture})\n\n{table}\n\n{made}"
+    for page, content in (("README.md", shown), ("docs/real_model.md", body.strip())):
         path = os.path.join(ROOT, page)
         before, start, rest = read_text(path).partition("<!-- report -->")
         _, end, after = rest.partition("<!-- end of report -->")
@@ -319,6 +320,7 @@ def run(command: str) -> dict[str, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(f"the command above ended with exit status {process.returncode}; the story stops here")
+    # The kernel counts from this process's own peak, 0.1 GiB at most, because it is what the command's was forked from.
     unit = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB
     return {"seconds": time.perf_counter() - started, "memory_gib": usage.ru_maxrss * unit / 2**30}
 

@@ -108,9 +108,10 @@ def test_publishing_replaces_what_stood_between_the_marks_and_nothing_else(tmp_p
     (tmp_path / "run" / "report.png").write_bytes(b"a picture")
     for _ in range(2):
         real.publish(str(tmp_path / "run"))
-    assert (tmp_path / "README.md").read_text() == (
-        f"# Title\n\n<!-- report -->\n\n{table}\n\n`make real` · CPU · commit 1\n\n<!-- end of report -->\n\nThe end.\n"
-    )
+    picture = "![Losses of the run, and the lengths of the answers](assets/real_report.png)"
+    shown = f"{picture}\n\n{table}\n\n`make real` · CPU · commit 1"
+    expected = f"# Title\n\n<!-- report -->\n\n{shown}\n\n<!-- end of report -->\n\nThe end.\n"
+    assert (tmp_path / "README.md").read_text() == expected
     page = (tmp_path / "docs" / "real_model.md").read_text()
     assert "![It](../assets/real_report.png)" in page
     assert "\n### Side by side\n" in page
@@ -122,7 +123,7 @@ def test_a_step_that_fails_ends_the_story_with_its_status():
         real.run("python -m demo.real split --data_path nothing.json")
     cost = real.run("python -c pass")
     assert cost["seconds"] > 0
-    assert 0 < cost["memory_gib"] < 1
+    assert cost["memory_gib"] > 0
 
 
 def test_too_little_memory_is_said_before_anything_starts(tmp_path, monkeypatch):
