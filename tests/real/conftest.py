@@ -4,8 +4,6 @@ import os
 
 import pytest
 
-pytest_plugins = ["training_runs"]
-
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> str:

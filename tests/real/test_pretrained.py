@@ -24,6 +24,8 @@ from alpaca.tokenizers import load_tokenizer
 from alpaca.training import lora, saving
 from alpaca.training.packing import model as packed_model
 
+pytest_plugins = ["training_runs"]
+
 pytestmark = pytest.mark.real
 
 STEPS = ("--max_steps", 3, "--learning_rate", "2e-5")  # of 4 examples: two micro-batches of two
