@@ -136,8 +136,8 @@ def unsupported(name: str, hint: str = "") -> tuple[int, dict]:
 def too_long(wording: str, context: int, prompt: int, limit: str, asked: int) -> tuple[int, dict] | None:
     """Returns status and body with which a server refuses more tokens than its model's context has, None if they fit.
 
-    The words of vLLM (0.32), llama.cpp (build 11434) and litellm were recorded from those servers, OpenAI's are those
-    that its users quote. vLLM and llama.cpp cut an answer short where the context ends, so they refuse less.
+    The words of vLLM 0.32, llama.cpp (build 11434) and litellm 1.106 were recorded from those servers, OpenAI's are
+    those that its users quote. vLLM and llama.cpp cut an answer short where the context ends, so they refuse less.
     """
     model_has = f"This model's maximum context length is {context} tokens. However, "
     if wording == "vllm":
@@ -170,8 +170,12 @@ def too_long(wording: str, context: int, prompt: int, limit: str, asked: int) ->
         said = f"{model_has}your messages resulted in {prompt} tokens. Please reduce the length of the messages."
     error = {"message": said, "type": "invalid_request_error", "param": "messages", "code": "context_length_exceeded"}
     if wording == "litellm":
-        said = f"litellm.BadRequestError: litellm.ContextWindowExceededError: OpenAIException - {said}"
-        error = {"message": said, "type": None, "param": None, "code": "400"}
+        exceeded = "ContextWindowExceededError"
+        said = f"litellm.{exceeded}: litellm.BadRequestError: {exceeded}: OpenAIException - {said}"
+        said += "\nmodel=tiny. context_window_fallbacks=None. fallbacks=None.\n\nSet 'context_window_fallback' - "
+        said += "https://docs.litellm.ai/docs/routing#fallbacks\n\nLiteLLM: model group 'tiny' failed with the error above. "
+        said += "No fallback was attempted."
+        error = {"message": said, "type": "invalid_request_error", "param": None, "code": "400"}
     return 400, {"error": error}
 
 
