@@ -240,13 +240,15 @@ def train() -> None:
     if resume:
         resuming.check_same_run(resume, skeleton.config, record)
     parts = {"processing_class": tokenizer, "record": record, **data}
-    with misfits_in_one_line():  # on a copy of the arguments, because the Trainer writes into them
-        stand_in_model = stand_in(model_args, skeleton, args.device)
-        make_trainer(plan, model=stand_in_model, args=copy.deepcopy(args), **parts).rehearse(steps)
+    if not args.deepspeed:  # a process has one DeepSpeed engine; what doesn't fit shows when the real Trainer is made
+        with misfits_in_one_line():  # on a copy of the arguments, because the Trainer writes into them
+            rehearsed = stand_in(model_args, skeleton, args.device)
+            make_trainer(plan, model=rehearsed, args=copy.deepcopy(args), **parts).rehearse(steps)
     set_seed(args.seed)
     model = load_for_training(model_args, args, plan, tokenizer, skeleton.config)
     shapes = lora.adapter_shapes(model) if plan.lora_r else tensor_shapes(skeleton)
-    trainer = make_trainer(plan, model=model, args=args, **parts)
+    with misfits_in_one_line():
+        trainer = make_trainer(plan, model=model, args=args, **parts)
     announce(trainer.describe())
     if plan.compile_layers:
         compile_layers(trainer.model)

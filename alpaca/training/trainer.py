@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from transformers import Trainer
 
 from alpaca import models, tokenizers
@@ -88,7 +87,6 @@ class AlpacaTrainer(Trainer):
         """
         self._rehearsed_steps = steps
         super().train()  # as far as _inner_training_loop
-        AcceleratorState._reset_state()  # or DeepSpeed's next Accelerator, the real Trainer's, is refused
 
     def _build(self, steps: int) -> None:
         """Builds the loaders, the optimizer and the schedule, and looks at the schedule."""
