@@ -73,9 +73,9 @@ def test_a_number_beyond_its_bound_is_silent_unless_a_line_warns_of_it(value, ou
 def test_truncation_must_be_told_with_its_count(runner, said, verdict):
     whole, cut = {"labels": [-100, 5, 2]}, {"labels": [-100, 5, 5]}
     special = {"eos": 2}
-    runner.facts["uncut"] = {"tokens": [whole] * 8, "special": special}
-    runner.facts["cut"] = {"tokens": [whole] * 5 + [cut] * 3, "special": special}
-    runner.output = {"uncut": "loading", "cut": f"loading\n{said}"}
+    runner.facts["limit 512"] = {"tokens": [whole] * 8, "special": special}
+    runner.facts["limit 80"] = {"tokens": [whole] * 5 + [cut] * 3, "special": special}
+    runner.output = {"limit 512": "loading", "limit 80": f"loading\n{said}"}
     assert verdicts.judge_cut(runner, runner).verdict == verdict
 
 

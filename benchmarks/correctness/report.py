@@ -134,6 +134,8 @@ NOTES = """
   lowest scores although their ids are low, as in LLaMA's own file.
 - TRL gets Alpaca's prompt and answer as `prompt` and `completion`; LLaMA-Factory and axolotl get Alpaca's records and
   apply their own template of that name.
+- TRL documents "wrapped" as the strategy that cuts examples where a pack ends, and LLaMA-Factory "neat_packing" as
+  packing without attention across examples. A user who has read that knows; "silent" says that a run doesn't tell.
 - SIGKILL comes from within, when half of the optimizer state of checkpoint 3 has been written.
 - PyPI has torchvision and torchaudio for CUDA only. LLaMA-Factory imports both, for images and audio; beside a torch
   for the CPU they are left out here, and an empty module takes torchaudio's place.

@@ -182,7 +182,9 @@ def plan_jobs(runner: Runner, quick: bool = False) -> list[dict]:
     column, job = runner.column, runner.job
     exact = {"float64": True, "gradient": True}
     cut = {} if "max_length" in column.settings else {"max_length": 80}
-    groups = [group(job("cut", **cut), job("uncut"), job("step", **exact, leak=True, texts=runner.inputs["texts"]))]
+    groups = [
+        group(job("limit 80", **cut), job("limit 512"), job("step", **exact, leak=True, texts=runner.inputs["texts"]))
+    ]
     ways = [(False, {})] + [(True, cure) for check, cure in column.cures.items() if check == "splits"]
     for processes in (1, 2) if column.splits else ():
         jobs = [

@@ -132,7 +132,8 @@ def load_tensors(path: str) -> dict[str, torch.Tensor]:
 
 def judge_gradient(runner: Runner, base: Runner) -> Cell:
     """Compares a step's gradient with that of the same examples, one at a time."""
-    facts_of(runner, "step")
+    if facts_of(runner, "step")["leak"]["beside"] == 0 and runner is not base:
+        return Cell("", "none", "the batch held no pack")
     folder = os.path.join(runner.folder, "step")
     expected = reference_gradient(os.path.join(folder, "initial"), facts_of(base, "step")["tokens"])
     found = load_tensors(os.path.join(folder, "gradient.safetensors"))
@@ -267,14 +268,14 @@ def judge_mask(runner: Runner, base: Runner) -> Cell:
 
 def judge_cut(runner: Runner, base: Runner) -> Cell:
     """Counts truncated examples and looks for a line that tells of them."""
-    whole, facts = facts_of(base, "uncut"), facts_of(runner, "cut")
+    whole, facts = facts_of(base, "limit 512"), facts_of(runner, "limit 80")
     eos = facts["special"]["eos"]
     ends = sum(eos in document["labels"][1:] for document in facts["tokens"])
     count = len(whole["tokens"]) - ends
     if not count:
         return Cell("0 cut", "right", "examples are not cut in this mode", 0)
-    before = set(runner.output["uncut"].splitlines())
-    news = [line for line in runner.output["cut"].splitlines() if line not in before and "%|" not in line]
+    before = set(runner.output["limit 512"].splitlines())
+    news = [line for line in runner.output["limit 80"].splitlines() if line not in before and "%|" not in line]
     said = warning_in("\n".join(news), r"truncat|\bcut\b|longer than|exceed|too long|dropp")
     counted = bool(said and re.search(rf"\b{count}\b", said))
     return Cell(f"{count} cut", "right" if counted else "told" if said else "silent", said, count)

@@ -13,11 +13,11 @@ import train
 from alpaca.cli import UserError
 
 
-def find_leak(trainer, bos: int) -> dict:
+def find_leak(trainer) -> dict:
     """Measures row 2 in a padding-free pass: the logits that it computes are those of learned tokens."""
     batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
     if "passes" not in batches[-1]:
-        return probe.leak(trainer, bos)
+        return probe.leak(trainer)
     (one,) = batches[-1]["passes"]
     layout = one.layout
     number = next(i for i, parent in enumerate(layout.parents) if i >= len(layout.copies))  # the first document

@@ -52,33 +52,38 @@ class Recorder(transformers.TrainerCallback):
         self.facts["cpu_seconds"].append(time.process_time() - self.start[1])
 
 
+def starts_of(labels: list[int]) -> list[int]:
+    """Lists where documents begin: at 0, and where a prompt follows a learned token. Not every template has a BOS."""
+    later = [i for i in range(1, len(labels)) if labels[i] == IGNORE_INDEX != labels[i - 1]]
+    return [0, *later]
+
+
 def documents(trainer) -> list[dict[str, list[int]]]:
-    """Lists the documents that a trainer trains on, in order; rows that are packed already are split at each BOS."""
-    tokenizer, found = trainer.processing_class, []
+    """Lists the documents that a trainer trains on, in order; rows that are packed already are split."""
+    pad, found = trainer.processing_class.pad_token_id, []
     for row in trainer.train_dataset:
         ids, labels = (torch.as_tensor(row[name]).flatten().tolist() for name in ("input_ids", "labels"))
-        starts = [i for i, token in enumerate(ids) if token == tokenizer.bos_token_id]
-        starts = starts if starts[:1] == [0] else [0, *starts]
+        starts = starts_of(labels)
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            while end > start and labels[end - 1] == IGNORE_INDEX and ids[end - 1] == tokenizer.pad_token_id:
+            while end > start and labels[end - 1] == IGNORE_INDEX and ids[end - 1] in (pad, 0):
                 end -= 1
             if end > start:
                 found.append({"input_ids": ids[start:end], "labels": labels[start:end]})
     return found
 
 
-def leak(trainer, bos: int) -> dict:
+def leak(trainer) -> dict:
     """Changes the first document of a batch and measures how far the logits of all others move.
 
     Returns:
         `others`, the largest change of a logit outside the document; `own`, the largest one inside of it; `beside`,
-        the number of tokens that share the document's row.
+        the number of tokens of other documents in the same row.
     """
     batch = next(iter(trainer.get_train_dataloader()))
+    labels = batch["labels"]
     batch = {name: value for name, value in batch.items() if name not in ("labels", "records")}
     ids = batch["input_ids"]
-    later = (ids[0, 1:] == bos).nonzero().flatten()
-    end = int(later[0]) + 1 if len(later) else ids.shape[1]
+    end = [*starts_of(labels[0].tolist()), ids.shape[1]][1]
     changed = ids.clone()
     changed[0, 1:end] = (ids[0, 1:end] + 7) % 200 + 20
     model = trainer.model.eval()
@@ -86,8 +91,7 @@ def leak(trainer, bos: int) -> dict:
         before = model(**batch, use_cache=False).logits
         after = model(**{**batch, "input_ids": changed}, use_cache=False).logits
     model.train()
-    real = batch["attention_mask"].bool() if batch.get("attention_mask", torch.ones(1)).shape == ids.shape else ids >= 0
-    others = real.clone()
+    others = (labels != IGNORE_INDEX).flip(1).cumsum(1).flip(1) > 0  # up to the last learned token: no padding
     others[0, :end] = False
     moved = (after - before).abs().amax(dim=-1)
     print("batch:", {name: list(value.shape) for name, value in batch.items() if hasattr(value, "shape")}, flush=True)
@@ -133,7 +137,7 @@ def look(trainer, job: dict, facts: dict, find_leak) -> None:
             facts["text_ids"] = [tokenizer(text)["input_ids"] for text in json.load(file)]
     if job.get("leak"):
         trainer.model.save_pretrained(os.path.join(job["out"], "initial"))
-        facts["leak"] = find_leak(trainer, tokenizer.bos_token_id)
+        facts["leak"] = find_leak(trainer)
 
 
 def watch(job: dict, facts: dict, find_leak=leak) -> None:
