@@ -173,8 +173,8 @@ def too_long(wording: str, context: int, prompt: int, limit: str, asked: int) ->
         exceeded = "ContextWindowExceededError"
         said = f"litellm.{exceeded}: litellm.BadRequestError: {exceeded}: OpenAIException - {said}"
         said += "\nmodel=tiny. context_window_fallbacks=None. fallbacks=None.\n\nSet 'context_window_fallback' - "
-        said += "https://docs.litellm.ai/docs/routing#fallbacks\n\nLiteLLM: model group 'tiny' failed with the error above. "
-        said += "No fallback was attempted."
+        said += "https://docs.litellm.ai/docs/routing#fallbacks\n\nLiteLLM: model group 'tiny' failed with the error "
+        said += "above. No fallback was attempted."
         error = {"message": said, "type": "invalid_request_error", "param": None, "code": "400"}
     return 400, {"error": error}
 
