@@ -166,9 +166,9 @@ def test_a_size_never_rounds_to_zero(size, text):
 
 def test_own_files_are_replaced_and_edited_or_foreign_ones_are_not(tmp_path):
     (tmp_path / "mine").write_text("by hand")
-    own = OwnFiles(tmp_path)
-    own.replace({"a": "1", "b": "2"})
-    OwnFiles(tmp_path).replace({"a": "3"})  # another run
+    OwnFiles(tmp_path).replace({"a": "1", "b": "2"})
+    own = OwnFiles(tmp_path)  # another run
+    own.replace({"a": "3"})
     assert (tmp_path / "a").read_text() == "3"
     (tmp_path / "b").write_text("edited")
     for names in (["a", "b"], ["a", "mine"]):
