@@ -12,7 +12,7 @@ import tempfile
 import pytest
 
 from alpaca.cli import UserError
-from alpaca.files import atomic_write, jdump, jload, parse_json, size_text
+from alpaca.files import OwnFiles, atomic_write, jdump, jload, parse_json, size_text
 
 VALUE = {"text": "naïve — 雨 🌧 \u2028", "list": [1, 2.5, None, True], "empty": {}}
 
@@ -162,3 +162,45 @@ def test_a_line_of_many_is_named_by_its_number():
 )
 def test_a_size_never_rounds_to_zero(size, text):
     assert size_text(size) == text
+
+
+def test_own_files_are_replaced_and_edited_or_foreign_ones_are_not(tmp_path):
+    (tmp_path / "mine").write_text("by hand")
+    OwnFiles(tmp_path).replace({"a": "1", "b": "2"})
+    own = OwnFiles(tmp_path)  # another run
+    own.replace({"a": "3"})
+    assert (tmp_path / "a").read_text() == "3"
+    (tmp_path / "b").write_text("edited")
+    for names in (["a", "b"], ["a", "mine"]):
+        before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+        with pytest.raises(UserError, match=rf"{names[1]} is not as this script wrote it; move it away"):
+            own.replace(dict.fromkeys(names, "4"))
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+    own.adopt("b")
+    assert OwnFiles(tmp_path).foreign(["a", "b", "mine", "none"]) == ["mine"]
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_crash_at_any_file_leaves_all_of_them_provable(tmp_path, monkeypatch, written):
+    OwnFiles(tmp_path).replace({"a": "old", "b": "old"})
+    replaced, replace = [], os.replace
+
+    def crash(source, target):
+        if len(replaced) == written + 1:  # the proof is the first
+            raise KeyboardInterrupt
+        replaced.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        OwnFiles(tmp_path).replace({"a": "new", "b": "new"})
+    monkeypatch.undo()
+    OwnFiles(tmp_path).replace({"a": "newer", "b": "newer"})
+    assert [(tmp_path / name).read_text() for name in "ab"] == ["newer", "newer"]
+
+
+@pytest.mark.parametrize("proof", ["[]", '{"a": 1}', "[" * 5000, "x"])
+def test_a_damaged_proof_is_one_line(tmp_path, proof):
+    (tmp_path / ".written.json").write_text(proof)
+    with pytest.raises(UserError, match=r"\.written\.json"):
+        OwnFiles(tmp_path)

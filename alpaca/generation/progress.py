@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from alpaca.cli import printable
 from alpaca.generation.harvest import Harvest
 from alpaca.generation.spending import Spending
 
@@ -67,7 +68,7 @@ def closing_table(harvest: Harvest, spending: Spending, model: str, answers: int
         new_answers: Those that came in this invocation.
     """
     kept = len(harvest.kept) - harvest.earlier
-    cost, each = "unknown", f"no price for {model}: give --price_input and --price_output"
+    cost, each = "unknown", f"no price for {printable(model)}: give --price_input and --price_output"
     if spending.prices:
         cost, each = f"${spending.cost:.4f}", f"${spending.cost / kept:.6f} a task" if kept else ""
     prompt_tokens, completion_tokens = spending.tokens
