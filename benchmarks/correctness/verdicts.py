@@ -276,7 +276,7 @@ def judge_cut(runner: Runner, base: Runner) -> Cell:
         return Cell("0 cut", "right", "examples are not cut in this mode", 0)
     before = set(runner.output["limit 512"].splitlines())
     news = [line for line in runner.output["limit 80"].splitlines() if line not in before and "%|" not in line]
-    said = warning_in("\n".join(news), r"truncat|\bcut\b|longer than|exceed|too long|dropp")
+    said = warning_in("\n".join(news), r"truncat|longer than|too long|(cut|dropp)\w* .*(example|sample|sequence)")
     counted = bool(said and re.search(rf"\b{count}\b", said))
     return Cell(f"{count} cut", "right" if counted else "told" if said else "silent", said, count)
 

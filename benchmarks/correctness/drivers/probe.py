@@ -73,7 +73,7 @@ def documents(trainer) -> list[dict[str, list[int]]]:
 
 
 def leak(trainer) -> dict:
-    """Changes the first document of a batch and measures how far the logits of all others move.
+    """Changes the first document of the row that holds most of them, and measures how far all other logits move.
 
     Returns:
         `others`, the largest change of a logit outside the document; `own`, the largest one inside of it; `beside`,
@@ -83,22 +83,24 @@ def leak(trainer) -> dict:
     labels = batch["labels"]
     batch = {name: value for name, value in batch.items() if name not in ("labels", "records")}
     ids = batch["input_ids"]
-    end = [*starts_of(labels[0].tolist()), ids.shape[1]][1]
+    others = (labels != IGNORE_INDEX).flip(1).cumsum(1).flip(1) > 0  # up to the last learned token: no padding
+    starts = [starts_of(one[kept].tolist()) for one, kept in zip(labels, others, strict=True)]
+    row = max(range(len(starts)), key=lambda i: len(starts[i]))
+    end = [*starts[row], ids.shape[1]][1]
     changed = ids.clone()
-    changed[0, 1:end] = (ids[0, 1:end] + 7) % 200 + 20
+    changed[row, 1:end] = (ids[row, 1:end] + 7) % 200 + 20
     model = trainer.model.eval()
     with torch.no_grad():
         before = model(**batch, use_cache=False).logits
         after = model(**{**batch, "input_ids": changed}, use_cache=False).logits
     model.train()
-    others = (labels != IGNORE_INDEX).flip(1).cumsum(1).flip(1) > 0  # up to the last learned token: no padding
-    others[0, :end] = False
+    others[row, :end] = False
     moved = (after - before).abs().amax(dim=-1)
     print("batch:", {name: list(value.shape) for name, value in batch.items() if hasattr(value, "shape")}, flush=True)
     return {
         "others": float(moved[others].max()) if others.any() else 0.0,
-        "own": float(moved[0, :end].max()),
-        "beside": int(others[0].sum()),
+        "own": float(moved[row, :end].max()),
+        "beside": int(others[row].sum()),
     }
 
 
