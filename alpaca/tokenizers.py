@@ -51,7 +51,7 @@ def load_tokenizer(name_or_path: str, model_max_length: int | None = None, cache
     named = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast", "LLaMATokenizer", None)
     if proto and named and proto.trainer_spec.model_type == 2:  # BPE
         return _load_llama_tokenizer(name_or_path, proto, config, settings)
-    return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **settings), []
+    return AutoTokenizer.from_pretrained(name_or_path, **settings), []
 
 
 def _load_llama_tokenizer(name_or_path: str, proto, config: dict, settings: dict):

