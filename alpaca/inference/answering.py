@@ -175,7 +175,7 @@ class Alpaca:
             except BaseException as error:
                 pieces.put(error)
 
-        thread = threading.Thread(target=work, daemon=True)
+        thread = threading.Thread(target=work, name="answer", daemon=True)
         self._streams[thread] = stop
         thread.start()
         try:

@@ -30,7 +30,8 @@ CHROMIUM_FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-net
 
 # Runs a command as inference.py does, with a model that takes its time, and reports whoever looks up another machine.
 SERVER = """
-import socket, sys, time
+import atexit, socket, sys, threading, time
+atexit.register(lambda: print(*(f"STILL WRITING: {t.name}" for t in threading.enumerate() if t.name == "answer")))
 look_up = socket.getaddrinfo
 def local_only(host, *args, **kwargs):
     if host not in ("127.0.0.1", "localhost", "0.0.0.0", None, ""):
@@ -184,7 +185,8 @@ def test_ctrl_c_while_an_answer_is_written_ends_cleanly(root, model_path, tmp_pa
         writing = Client(url, verbose=False).submit("Tell a story.", "", 0.7, 1.0, 600, api_name="/ask")
         while not writing.outputs():
             time.sleep(0.02)
-    assert "terminate" not in (tmp_path / "log").read_text()
+    # A thread in torch at that moment makes the process end with "terminate called" and SIGABRT, but not every time.
+    assert "STILL WRITING" not in (tmp_path / "log").read_text()
 
 
 def test_the_page_asks_an_engine(root, alpaca, tmp_path):
