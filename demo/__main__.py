@@ -222,7 +222,7 @@ def main():
 Next, with a real model (README.md has the rest):
     export OPENAI_API_KEY=...    # or a local server: --base_url http://127.0.0.1:8000/v1
     .venv/bin/{GENERATE} --dry_run
-    .venv/bin/torchrun --nproc_per_node=4 train.py --model_name_or_path ... (README, Fine-tuning)""")
+    .venv/bin/torchrun --nproc_per_node=4 train.py --model_name_or_path ... (README, train.py)""")
 
 
 if __name__ == "__main__":
