@@ -114,8 +114,6 @@ def convert(output: str, wheel: str = "") -> None:
 
 def _write(wheel: str, folder: str) -> int:
     """Reads the GGUF, writes it as safetensors and checks what was written; returns the number of tensors."""
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
