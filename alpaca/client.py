@@ -617,9 +617,9 @@ def _said(error: Any) -> str:
 
 def _cause(error: Any) -> str:
     """Says why a connection failed; the last cause in the chain is the most telling."""
-    cause = error
-    while cause.__cause__ is not None or cause.__context__ is not None:
-        cause = cause.__cause__ or cause.__context__
+    cause, further = error, error
+    while further is not None and not isinstance(further, asyncio.CancelledError):  # how a time limit is kept
+        cause, further = further, further.__cause__ or further.__context__
     return _one_line(
         f"{error.message.rstrip('.')} ({cause or type(cause).__name__})" if cause is not error else str(error)
     )
