@@ -621,7 +621,7 @@ def _cause(error: Any) -> str:
     while further is not None and not isinstance(further, asyncio.CancelledError):  # how a time limit is kept
         cause, further = further, further.__cause__ or further.__context__
     return _one_line(
-        f"{error.message.rstrip('.')} ({cause or type(cause).__name__})" if cause is not error else str(error)
+        f"{error.message.rstrip('.')} ({str(cause) or type(cause).__name__})" if cause is not error else str(error)
     )
 
 
