@@ -524,14 +524,11 @@ def _connect(base_url: str | None, timeout: float) -> Any:
     """
     import openai
 
-    given = {
-        "--base_url": base_url,
-        **{name: os.environ.get(name) for name in ("AZURE_OPENAI_ENDPOINT", "OPENAI_BASE_URL")},
-    }
-    empty = next((name for name, value in given.items() if value is not None and not value.strip()), None)
-    if (
-        empty and not (base_url or "").strip()
-    ):  # an unset variable in somebody's script must not send prompts and key to OpenAI
+    named = {"--base_url": base_url}
+    named |= {name: os.environ.get(name) for name in ("AZURE_OPENAI_ENDPOINT", "OPENAI_BASE_URL")}
+    empty = next((name for name, value in named.items() if value is not None and not value.strip()), None)
+    if empty and (empty == "--base_url" or not base_url):
+        # An unset variable in somebody's script must not send prompts and key to OpenAI.
         raise _error(f"{empty} is empty; give the server's URL, or leave it out to use OpenAI")
     azure = None if base_url else os.environ.get("AZURE_OPENAI_ENDPOINT")
     base_url = base_url or os.environ.get("OPENAI_BASE_URL")
@@ -673,11 +670,11 @@ def _said(error: Any) -> str:
 
 def _cause(error: Any) -> str:
     """Says why a connection failed; the last cause in the chain is the most telling."""
-    cause = error
-    while cause.__cause__ is not None or cause.__context__ is not None:
-        cause = cause.__cause__ or cause.__context__
+    cause, further = error, error
+    while further is not None and not isinstance(further, asyncio.CancelledError):  # how a time limit is kept
+        cause, further = further, further.__cause__ or further.__context__
     return _one_line(
-        f"{error.message.rstrip('.')} ({cause or type(cause).__name__})" if cause is not error else str(error)
+        f"{error.message.rstrip('.')} ({str(cause) or type(cause).__name__})" if cause is not error else str(error)
     )
 
 
