@@ -236,8 +236,8 @@ def last_good(output_dir: str) -> str:
 def staged(target: str, writers: tuple[bool, bool], barrier: Callable[[], None]) -> Iterator[str]:
     """Lets all ranks write a folder, which then appears complete under the name `target`.
 
-    For OUT/checkpoint-400 the ranks write OUT/.saving/checkpoint-400. When all have finished, its files are fsynced
-    and it is renamed.
+    For OUT/checkpoint-400 the ranks write OUT/.alpaca_saving/checkpoint-400. When all have finished, its files are
+    fsynced and it is renamed.
 
     Args:
         target: The folder; an existing one is replaced.
