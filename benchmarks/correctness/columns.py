@@ -100,6 +100,6 @@ COLUMNS = [
     Column("LLaMA-Factory", "LLaMA-Factory"),
     Column("LLaMA-Factory packing", "LLaMA-Factory", {"packing": True}, "LLaMA-Factory", 0, PACK),
     Column("LLaMA-Factory neat_packing", "LLaMA-Factory", {"neat_packing": True}, "LLaMA-Factory", 0, PACK),
-    Column("axolotl", "axolotl", cures={"chat": {"chat_template": "alpaca"}}),
+    Column("axolotl", "axolotl"),
     Column("axolotl sample_packing", "axolotl", {"sample_packing": True}, "axolotl", 1, 1024, splits=False),
 ]

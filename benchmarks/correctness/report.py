@@ -136,6 +136,7 @@ NOTES = """
   apply their own template of that name.
 - TRL documents "wrapped" as the strategy that cuts examples where a pack ends, and LLaMA-Factory "neat_packing" as
   packing without attention across examples. A user who has read that knows; "silent" says that a run doesn't tell.
+- LLaMA-Factory's template "alpaca" writes no BOS. axolotl's and TRL's columns train on LLaMA's BOS, as this project.
 - SIGKILL comes from within, when half of the optimizer state of checkpoint 3 has been written.
 - PyPI has torchvision and torchaudio for CUDA only. LLaMA-Factory imports both, for images and audio; beside a torch
   for the CPU they are left out here, and an empty module takes torchaudio's place.

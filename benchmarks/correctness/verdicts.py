@@ -99,6 +99,17 @@ def warning_in(text: str, pattern: str) -> str:
     return ""
 
 
+def news(runner: Runner, name: str, control: str) -> str:
+    """Gets the lines that a run prints and its control run doesn't, but for times and the names of jobs."""
+
+    def lines(job: str) -> list[str]:
+        text = runner.output.get(job, "").replace(f"{os.sep}{job}{os.sep}", os.sep)
+        return [re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(,\d+)?", "", line) for line in text.splitlines()]
+
+    known = set(lines(control))
+    return "\n".join(line for line in lines(name) if line not in known)
+
+
 def relative(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """Measures how far two sets of tensors are apart: the norm of the difference over the norm, of all together."""
     difference = sum(float((found[name].double() - expected[name].double()).square().sum()) for name in expected)
@@ -274,9 +285,10 @@ def judge_cut(runner: Runner, base: Runner) -> Cell:
     count = len(whole["tokens"]) - ends
     if not count:
         return Cell("0 cut", "right", "examples are not cut in this mode", 0)
-    before = set(runner.output["limit 512"].splitlines())
-    news = [line for line in runner.output["limit 80"].splitlines() if line not in before and "%|" not in line]
-    said = warning_in("\n".join(news), r"truncat|longer than|too long|(cut|dropp)\w* .*(example|sample|sequence)")
+    said = warning_in(
+        news(runner, "limit 80", "limit 512"),
+        r"truncat|longer than|too long|(cut|dropp)\w* .*(example|sample|sequence)",
+    )
     counted = bool(said and re.search(rf"\b{count}\b", said))
     return Cell(f"{count} cut", "right" if counted else "told" if said else "silent", said, count)
 
@@ -337,13 +349,14 @@ def judge_bad(runner: Runner, base: Runner) -> Cell:
     placed = told = 0
     notes = []
     for name in runner.inputs["bad"]:
-        facts, output = runner.facts[f"bad: {name}"], runner.output[f"bad: {name}"]
+        job = f"bad: {name}"
+        facts, output = runner.facts[job], runner.output[job]
         said, place = facts.get("error", ""), ""
         if said:
             lines = [line for line in output.splitlines() if not line.lstrip().startswith('File "')]  # of a traceback
             place = warning_in("\n".join([said, *lines]), PLACE)
         else:
-            said = warning_in(output, r"\b(invalid|empty|dropped|bad|skipp)")
+            said = warning_in(news(runner, job, "limit 512"), r"\b(invalid|empty|dropp|bad\b|skipp)")
             place = said if re.search(PLACE, said) else ""
         placed, told = placed + bool(place), told + bool(said)
         line = " ".join((place or said).replace(os.path.dirname(runner.folder) + os.sep, "").split())

@@ -123,11 +123,20 @@ def half_a_save(step: int) -> None:
     torch.save = save_half
 
 
+def in_float64(module, args, kwargs):
+    """Casts a model's inputs: SDPA on a CPU takes a float32 mask beside float64 queries, and misreads it."""
+    return args, {
+        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in kwargs.items()
+    }
+
+
 def look(trainer, job: dict, facts: dict, find_leak) -> None:
     """Writes down what there is to see before the first step."""
     tokenizer = trainer.processing_class
     if job.get("float64"):
         trainer.model.double()
+        trainer.model.register_forward_pre_hook(in_float64, with_kwargs=True)
     if job.get("kill_at"):
         half_a_save(job["kill_at"])
     facts["tokens"] = documents(trainer)
