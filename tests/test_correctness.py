@@ -199,6 +199,13 @@ def test_without_our_column_the_status_is_not_zero():
     assert command.exit_status(result(entry("TRL", GOOD))) == 1
 
 
+def test_reuse_needs_the_folder_of_an_earlier_run(tmp_path):
+    with pytest.raises(UserError, match=r"--reuse: no --work_dir holds no earlier run"):
+        command.run(reuse=True)
+    with pytest.raises(UserError, match=rf"--reuse: {tmp_path} holds no earlier run"):
+        command.run(reuse=True, work_dir=str(tmp_path))
+
+
 def test_an_unknown_column_is_refused_with_those_there_are():
     with pytest.raises(UserError, match=r"--columns unsloth: no such column; there are ours; TRL; "):
         command.choose("ours,unsloth")

@@ -30,6 +30,7 @@ def run(
     venvs: str = "",
     work_dir: str = "",
     quick: bool = False,
+    reuse: bool = False,
     result_path: str = os.path.join(RESULTS, "correctness.json"),
     page_path: str = os.path.join(ROOT, "docs", "correctness.md"),
     picture_path: str = os.path.join(ROOT, "assets", "correctness.png"),
@@ -41,16 +42,19 @@ def run(
         venvs: Folder to keep the peers' environments in, or to find them; by default they are removed at the end.
         work_dir: Folder to keep what the runs wrote; by default it is removed.
         quick: Leave out speed and memory.
+        reuse: Run nothing; judge again what --work_dir holds.
         result_path: JSON file to write.
         page_path: Markdown page to write.
         picture_path: Picture to write.
     """
     chosen = choose(columns)
+    if reuse and not os.path.isfile(os.path.join(work_dir, "inputs.json")):
+        raise UserError(f"--reuse: {work_dir or 'no --work_dir'} holds no earlier run; name the folder that one kept")
     with contextlib.ExitStack() as stack:
         venvs = os.path.abspath(venvs or stack.enter_context(tempfile.TemporaryDirectory()))
         work_dir = os.path.abspath(work_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         os.makedirs(work_dir, exist_ok=True)
-        found = measure(chosen, venvs, work_dir, quick)
+        found = measure(chosen, venvs, work_dir, quick, reuse)
     result = {**provenance(*SHARED), "columns": found}
     jdump(result, result_path)
     report.write(result, page_path, picture_path)
@@ -85,13 +89,13 @@ def exit_status(result: dict) -> int:
     return 0 if ours and verdicts.is_right(cells) else 1
 
 
-def measure(chosen: list[Column], venvs: str, work_dir: str, quick: bool) -> list[dict]:
+def measure(chosen: list[Column], venvs: str, work_dir: str, quick: bool, reuse: bool = False) -> list[dict]:
     """Runs and judges each column.
 
     Returns:
         For each its title, peer, settings, versions, cells and speed.
     """
-    paths = make_inputs(work_dir)
+    paths = jload(os.path.join(work_dir, "inputs.json")) if reuse else make_inputs(work_dir)
     runners: dict[str, running.Runner] = {}
     environments: dict[str, str | running.NotRun] = {}
     found = []
@@ -100,14 +104,13 @@ def measure(chosen: list[Column], venvs: str, work_dir: str, quick: bool) -> lis
         entry = {"title": column.title, "peer": column.peer, "settings": column.settings, "versions": {}}
         try:
             if column.peer not in environments:
-                print(f"{peer.name}: making its environment", flush=True) if peer.distribution else None
                 environments[column.peer] = running.environment(peer, venvs)
             python = environments[column.peer]
             if isinstance(python, running.NotRun):
                 raise python
             entry["versions"] = running.versions(python)
             runner = running.Runner(column, python, paths, os.path.join(work_dir, column.title.replace(" ", "_")))
-            runner.run(running.plan_jobs(runner, quick))
+            runner.run(running.plan_jobs(runner, quick), reuse)
             if "tokens" not in runner.facts["step"]:
                 raise running.NotRun(runner.facts["step"]["error"])
             runners[column.title] = runner
@@ -153,6 +156,7 @@ def make_inputs(folder: str) -> dict:
     paths["chat"] = inputs.write_chat(folder, uneven, paths["template"])
     with open(paths["texts"], "w", encoding="utf-8") as file:
         json.dump(inputs.texts(), file)
+    jdump(paths, os.path.join(folder, "inputs.json"))
     return paths
 
 

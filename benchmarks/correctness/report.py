@@ -24,7 +24,7 @@ MEANING = {
 }
 HEAD = """# Silent errors, side by side
 
-Fine-tuning code is mostly wrong without a word: the loss falls, and the model is worse. This page looks for ten such
+Errors in fine-tuning code often say nothing: the loss falls, and the model is worse. This page looks for ten such
 errors in this project and in its peers, with the same tiny LLaMA, the same records and one bound for all. One command
 runs everything, each peer in an environment of its own, and writes this page, its picture and
 `benchmarks/results/correctness.json`:

@@ -133,12 +133,23 @@ class Runner:
             **more,
         }
 
-    def run(self, groups: list[dict]) -> None:
-        """Runs groups of jobs by the peer's driver.
+    def run(self, groups: list[dict], reuse: bool = False) -> None:
+        """Runs groups of jobs by the peer's driver, or with `reuse` only reads what an earlier run of them found.
 
         Raises:
             NotRun: The driver doesn't start.
         """
+        if not reuse:
+            self._start(groups)
+        for job in (job for group in groups for job in group["jobs"]):
+            try:
+                self.facts[job["name"]] = jload(os.path.join(job["out"], "facts.json"))
+                with open(os.path.join(job["out"], "log.txt"), encoding="utf-8", errors="replace") as file:
+                    self.output[job["name"]] = file.read()
+            except (OSError, UserError):  # killed, by itself or because it took too long
+                self.facts[job["name"]] = {"error": "no result: the process was killed"}
+
+    def _start(self, groups: list[dict]) -> None:
         os.makedirs(self.folder, exist_ok=True)
         path = os.path.join(self.folder, "jobs.json")
         with open(path, "w", encoding="utf-8") as file:
@@ -158,13 +169,6 @@ class Runner:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=self.folder)
         if done.returncode:
             raise NotRun(last_line(done.stderr))
-        for job in (job for group in groups for job in group["jobs"]):
-            try:
-                self.facts[job["name"]] = jload(os.path.join(job["out"], "facts.json"))
-                with open(os.path.join(job["out"], "log.txt"), encoding="utf-8", errors="replace") as file:
-                    self.output[job["name"]] = file.read()
-            except (OSError, UserError):  # killed, by itself or because it took too long
-                self.facts[job["name"]] = {"error": "no result: the process was killed"}
 
 
 def group(*jobs: dict, processes: int = 1, threads: int = 1, limit: float = 600) -> dict:

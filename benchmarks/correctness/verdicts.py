@@ -99,6 +99,14 @@ def warning_in(text: str, pattern: str) -> str:
     return ""
 
 
+def tail(line: str, start: str = "", length: int = 150) -> str:
+    """Shortens a line to its end, or to what follows `start`, at a blank."""
+    if start and start in line:
+        line, cut = line[line.index(start) :], line[line.index(start) :][:length]
+        return cut if cut == line else cut.rpartition(" ")[0] + " …"
+    return line if len(line) <= length else "… " + line[-length:].partition(" ")[2]
+
+
 def news(runner: Runner, name: str, control: str) -> str:
     """Gets the lines that a run prints and its control run doesn't, but for times and the names of jobs."""
 
@@ -269,8 +277,9 @@ def judge_mask(runner: Runner, base: Runner) -> Cell:
                 answer_lost += not is_learned
             place += len(piece)
     note = f"{seen} whole examples; a token across prompt and answer is {'' if across else 'not '}learned"
-    if line := warning_in(runner.output["step"], r"not a prefix of"):
-        note += f"; it warns: {line[:120]}"
+    printed = "\n".join(runner.output.get(name, "") for name in ("limit 80", "limit 512", "step"))  # said once for all
+    if across and (line := warning_in(printed, r"not a prefix of")):
+        note += f", with a warning: {tail(line, 'The tokenized')}"
     text = f"{prompt_learned} and {answer_lost}"
     return Cell(
         text, "right" if not prompt_learned and not answer_lost else "silent", note, prompt_learned + answer_lost
@@ -308,7 +317,11 @@ def judge_killed(runner: Runner, base: Runner) -> Cell:
     note = "stops: " + " ".join(resumed["error"].split())[:160]
     if "error" not in runner.facts["resumed by hand"]:
         error = apart("resumed by hand")
-        note += f"; {error:.1e} from the checkpoint before, once the half one is deleted by hand"
+        note += (
+            f"; difference {error:.1e} if the half one is deleted by hand"
+            if error
+            else "; equal if it is deleted by hand"
+        )
     return Cell("stops", "told", note)
 
 
@@ -329,7 +342,7 @@ def judge_chat(runner: Runner, base: Runner) -> Cell:
 
 def _chat(facts: dict) -> Cell:
     if "error" in facts["chat"]:
-        return Cell("no template", "told", " ".join(facts["chat"]["error"].split())[:110], 0)
+        return Cell("no template", "told", tail(" ".join(facts["chat"]["error"].split()), "Cannot", 110), 0)
     prompts = []
     for document in facts["tokens"]:
         first = next(i for i, label in enumerate(document["labels"]) if label != IGNORE_INDEX)
@@ -361,7 +374,7 @@ def judge_bad(runner: Runner, base: Runner) -> Cell:
         placed, told = placed + bool(place), told + bool(said)
         line = " ".join((place or said).replace(os.path.dirname(runner.folder) + os.sep, "").split())
         count = len(facts.get("tokens", []))
-        notes.append(f"{name}: {line[-150:] if line else f'trains on {count} of 12 without a word'}")
+        notes.append(f"{name}: {tail(line) if line else f'trains on {count} of 12 without a word'}")
     total = len(runner.inputs["bad"])
     verdict = "right" if placed == total else "told" if told == total else "silent"
     return Cell(f"{placed} placed, {told} told of {total}", verdict, "; ".join(notes), placed)
