@@ -11,30 +11,39 @@ Two data sets are compared at equal size, because a larger one has more pairs an
 20 random samples of the larger set, each as large as the smaller one, are measured and averaged.
 """
 
+import collections
 import functools
-import json
+import operator
 import os
 import random
-import re
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
+from collections.abc import Callable, Iterator
 
 from alpaca.analysis.root_verbs import parse_by_rules
 from alpaca.cli import UserError, run_cli
-from alpaca.files import atomic_write, jdump
+from alpaca.files import atomic_write, jdump, parse_json, read_text
 from alpaca.generation.config import Config
 from alpaca.generation.dedup import RougePool
 from alpaca.generation.parser import ParsedTask, parse_tasks
 from alpaca.records import load_examples, load_records
+from benchmarks import data_checks
 from benchmarks.provenance import provenance
 from generate_instruction import find_objection, load_seed_tasks, start_harvest
 
 FIELDS = ("instruction", "input", "output")
 PERCENTILES = (5, 25, 50, 75, 95)
 SAMPLES = 20
+BAND = 15  # words
+MIX = {  # measure_mix's counts, with the words for them
+    "long_outputs": "outputs above 150 words",
+    "long_inputs": "inputs above 100 words",
+    "code": "outputs with a fenced code block",
+    "code_of_5_to_60_lines": "... of 5 to 60 lines",
+    "code_with_tests": "... with tests",
+    "tabular": "outputs with a table, JSON or CSV",
+    "colon_openers": "instructions that open with one to five words and a colon",
+}
 
 _parse = functools.cache(parse_by_rules)  # the samples overlap
 
@@ -68,8 +77,11 @@ def _percentiles(lengths: list[int]) -> dict[str, int]:
     """Nearest-rank percentiles of sorted lengths: each one is a length that occurs."""
     if not lengths:
         return {}
-    ranks = {f"p{p}": lengths[max(0, -(-len(lengths) * p // 100) - 1)] for p in PERCENTILES}
-    return {"min": lengths[0], **ranks, "max": lengths[-1]}
+    return {"min": lengths[0], **{f"p{p}": _rank(lengths, p) for p in PERCENTILES}, "max": lengths[-1]}
+
+
+def _rank(lengths: list[int], percent: int) -> int:
+    return lengths[max(0, -(-len(lengths) * percent // 100) - 1)]
 
 
 def measure_at_size(examples: list[dict[str, str]], size: int) -> dict[str, float]:
@@ -158,6 +170,56 @@ def collection_table(found: dict) -> str:
     return _table(["", "count"], rows)
 
 
+def measure_mix(examples: list[dict[str, str]], kinds: dict[str, str]) -> dict:
+    """Measures what the tasks are like: lengths of answers, long inputs, code, kinds, style.
+
+    Args:
+        examples: Alpaca-format records.
+        kinds: Instruction -> kind ("code", "math", "document", ...), for the records that have one.
+
+    Returns:
+        Counts of records by property; words of outputs, and how many have 1 to 15, 16 to 30, ... (by the first number;
+        `fullest` has the three of the most); semicolons per 1,000 words outside code.
+    """
+    outputs = [example["output"] for example in examples]
+    words = sorted(len(output.split()) for output in outputs)
+    bands = collections.Counter((n - 1) // BAND * BAND + 1 for n in words)
+    code = [[text for name, text in data_checks.fenced_blocks(o) if name in data_checks.CODE] for o in outputs]
+    prose = [data_checks.prose(output) for output in outputs]
+    labelled = (kinds.get(example["instruction"]) for example in examples)
+    return {
+        "count": len(examples),
+        "output_words": {"p50": _rank(words, 50), "p90": _rank(words, 90), "max": words[-1]},
+        "bands": dict(sorted(bands.items())),
+        "fullest": [first for first, _ in bands.most_common(3)],
+        "long_outputs": sum(n > 150 for n in words),
+        "long_inputs": sum(len(example["input"].split()) > 100 for example in examples),
+        "code": sum(map(bool, code)),
+        "code_of_5_to_60_lines": sum(any(5 <= len(c.splitlines()) <= 60 for c in blocks) for blocks in code),
+        "code_with_tests": sum(any("assert" in c for c in blocks) for blocks in code),
+        "tabular": sum(map(data_checks.is_tabular, outputs)),
+        "colon_openers": sum(data_checks.opens_with_colon(example["instruction"]) for example in examples),
+        "semicolons_per_1000_words": 1000 * sum(p.count(";") for p in prose) / sum(len(p.split()) for p in prose),
+        "kinds": dict(sorted(collections.Counter(filter(None, labelled)).items())),
+    }
+
+
+def mix_table(names: list[str], found: list[dict]) -> str:
+    """Formats what the tasks are like, one column a data set."""
+
+    def share(title: str, count: Callable[[dict], int]) -> list[str]:
+        return [title, *(_share(count(m), m["count"]) for m in found)]
+
+    rows = [
+        ["words of outputs: p50 / p90 / max", *(" / ".join(map(str, m["output_words"].values())) for m in found)],
+        *(share(f"outputs of {b} to {b + 14} words", lambda m, b=b: m["bands"].get(b, 0)) for b in found[0]["fullest"]),
+        *(share(title, operator.itemgetter(name)) for name, title in MIX.items()),
+        ["semicolons per 1,000 words of prose", *(f"{m['semicolons_per_1000_words']:.1f}" for m in found)],
+        *(share(f"kind: {kind}", lambda m, kind=kind: m["kinds"].get(kind, 0)) for kind in found[0]["kinds"]),
+    ]
+    return _table(["", *(f"`{name}`" for name in names)], rows)
+
+
 def update_tables(path: str, tables: dict[str, str]) -> None:
     """Replaces the text between `<!-- NAME -->` and `<!-- end of NAME -->` for each table that the file has."""
     try:
@@ -234,61 +296,69 @@ def measure(
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks of single answers
 
-RUNNERS = {"python": [sys.executable, "-"], "javascript": ["node", "-"], "bash": ["bash", "-n"]}
-_FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
+def check(recording: str, checks: str, against: str = "") -> None:
+    """Checks what a program can check in the answers of a recording, and says what it couldn't.
 
-def check(recording: str, checks: str) -> None:
-    """Runs what can be run in the answers of a recording: their code blocks, and the program written to check each one.
+    Code blocks run, JSON, CSV and tables parse, lengths are those asked for, numbers and names in answers to documents
+    stand in the document, and no task has 13 words in a row in common with another data set.
 
     Args:
         recording: Recorded completions.
         checks: JSON Lines with `instruction`, `kind` and perhaps `check`, a Python program that fails if the answer is
             wrong. It sees the strings INSTRUCTION, INPUT and OUTPUT.
+        against: Data sets that no task may share 13 words in a row with, separated by commas; JSON, JSON Lines or text.
     """
-    programs = {record["instruction"]: record for _, record in load_records(checks)}
+    notes = {record["instruction"]: record for _, record in load_records(checks)}
     tasks = [task for _, record in load_records(recording) for task in parse_tasks(record["text"], 4)]
-    problems, ran, unchecked = [], 0, 0
+    problems, counts = [], collections.Counter()
     for task in tasks:
-        found, runs = check_task(task, programs.get(task.instruction, {}).get("check"))
-        problems += found
-        ran += runs
-        unchecked += not runs
-    print(f"{len(tasks)} answers: {ran} programs and code blocks ran, {len(problems)} problem(s)")
-    print(f"{unchecked} answers have nothing to run; a reader alone has checked them")
+        found, checked = check_task(task, notes.get(task.instruction, {}))
+        problems += [f"{task.instruction[:60]!r}, {problem}" for problem in found]
+        counts.update(checked)
+        counts["unchecked"] += not checked
+    for path in filter(None, against.split(",")):
+        common = list(data_checks.overlaps(tasks, _texts(path)))
+        problems += [f"{task.instruction[:60]!r}, in {path}: {words!r}" for task, words in common]
+        print(f"{path}: {len(common)} tasks have 13 words in a row in common with it")
+    print(
+        f"{len(tasks)} answers: {counts['programs']} programs and code blocks ran, {counts['tables']} tables parsed, "
+        f"{counts['lengths']} conditions on length and {counts['documents']} answers to documents were checked, "
+        f"{len(problems)} problem(s)"
+    )
+    print(f"{counts['unchecked']} answers have nothing that a program can check; readers alone have checked them")
     if problems:
-        raise UserError("; ".join(problems[:5]))
+        raise UserError("; ".join(problems))
 
 
-def check_task(task: ParsedTask, program: str | None) -> tuple[list[str], int]:
-    """Runs the code blocks of one answer and its check; gives what went wrong, and how many ran.
+def check_task(task: ParsedTask, notes: dict) -> tuple[list[str], collections.Counter]:
+    """Checks one task; gives what went wrong, and how many things of each kind were checked.
 
-    Python and JavaScript run to their end, bash is only parsed, JSON is read.
+    Args:
+        task: The task.
+        notes: Its line of the file of checks.
     """
-    problems = [f"{task.instruction[:60]!r} is {task.problem}"] if task.problem else []
-    names = {"INSTRUCTION": task.instruction, "INPUT": task.input, "OUTPUT": task.output}
-    jobs = [("python", "".join(f"{k} = {v!r}\n" for k, v in names.items()) + program)] if program else []
-    jobs += [(language, code) for language, code in _FENCED.findall(task.output) if language in (*RUNNERS, "json")]
-    jobs = [(language, code) for language, code in jobs if language == "json" or shutil.which(RUNNERS[language][0])]
-    for language, code in jobs:
-        if complaint := _run_block(language, code):
-            problems.append(f"{task.instruction[:60]!r}, {language}: {complaint}")
-    return problems, len(jobs)
+    program = notes.get("check")
+    problems, ran = data_checks.run_blocks(task, program)
+    problems += [f"is {task.problem}"] if task.problem else []
+    problems += [*data_checks.table_problems(task.output), *data_checks.length_problems(task)]
+    counts = {
+        "programs": ran,
+        "tables": len(data_checks.tables(task.output)),
+        "lengths": len(data_checks.length_conditions(task.instruction)),
+        "documents": notes.get("kind") == "document" and not program,
+    }
+    if counts["documents"]:
+        problems += data_checks.document_problems(task)
+    return problems, +collections.Counter(counts)
 
 
-def _run_block(language: str, code: str) -> str:
-    if language == "json":
-        try:
-            json.loads(code)
-        except ValueError as error:
-            return str(error)
-        return ""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            done = subprocess.run(RUNNERS[language], input=code, cwd=folder, capture_output=True, text=True, timeout=60)
-        except subprocess.TimeoutExpired:
-            return "still running after 60 s"
-    return done.stderr.strip().splitlines()[-1] if done.returncode and done.stderr.strip() else ""
+def _texts(path: str) -> Iterator[str]:
+    text = read_text(path)
+    if path.endswith((".json", ".jsonl")):
+        lines = [text] if path.endswith(".json") else filter(str.strip, text.split("\n"))
+        return data_checks.texts_in([parse_json(line, path) for line in lines])
+    return iter([text])
 
 
 if __name__ == "__main__":

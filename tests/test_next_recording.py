@@ -72,6 +72,6 @@ def test_every_program_and_code_block_runs(folder, root):
     ],
 )
 def test_a_wrong_answer_is_found(output, program, complaint):
-    problems, ran = data_quality.check_task(ParsedTask("What is 5 + 6?", "", output), program)
-    assert ran == 1
+    problems, ran = data_quality.check_task(ParsedTask("What is 5 + 6?", "", output), {"check": program})
+    assert ran["programs"] == 1
     assert (complaint in problems[0]) if complaint else not problems
