@@ -96,14 +96,13 @@ def test_without_a_gpu_the_first_call_says_so_in_one_line(benchmark):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("real_text", [False, True])
-def test_throughput_is_measured_row_by_row(benchmark, root, tmp_path, real_text):
+def test_throughput_is_measured_row_by_row(benchmark, root, tmp_path):
     (tmp_path / "toy.json").write_text(json.dumps(SHAPE))
     with open(os.path.join(root, "alpaca_data.json"), encoding="utf-8") as file:
         shortest = sorted(json.load(file), key=lambda r: len("".join(r.values())))[:40]
     (tmp_path / "data.json").write_text(json.dumps(shortest))
     flags = [f"--model={tmp_path}/toy.json", "--rows=padded,shared prefix,TRL packing", "--steps=1", "--rounds=1"]
-    flags += [f"--data_path={tmp_path}/data.json"] if real_text else []
+    flags += [f"--data_path={tmp_path}/data.json"]
     done = benchmark("train_throughput", "measure", *flags, f"--output={tmp_path}/result.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
