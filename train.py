@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers.trainer_utils import set_seed
 
-from alpaca.cli import UserError, run_cli
+from alpaca.cli import UserError, run_cli, steady_streams
 from alpaca.models import tensor_shapes
 from alpaca.prompts import PROMPT_DICT, format_prompt
 from alpaca.ranks import announce, is_main, refuse
@@ -286,6 +286,7 @@ def main() -> None:
     """Runs `train` or `merge`; reports a user's mistake in one line and with exit status 2."""
     if sys.argv[1:2] == ["merge"]:
         return run_cli({"merge": lora.merge})
+    steady_streams()
     try:
         train()
     except KeyboardInterrupt:

@@ -489,19 +489,23 @@ def test_losses_are_those_of_the_original_over_32_steps(reference_dir, tmp_path,
     with open(os.path.join(fidelity, "alpaca_256.json"), encoding="utf-8") as file:
         records = json.load(file)
     (tmp_path / "ordered.json").write_text(json.dumps([records[i] for i in original["order"]]))
-    flags = f"--model_name_or_path {model} --data_path {tmp_path}/ordered.json --output_dir {tmp_path}/out "
+    flags = f"--model_name_or_path {model} --data_path {tmp_path}/ordered.json --output_dir {tmp_path}/out😀 "
     flags += (
         "--num_train_epochs 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --learning_rate 1e-3 "
     )
     flags += "--weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --seed 42 --logging_steps 1 "
     flags += "--save_strategy no --report_to none --disable_tqdm True --train_sampling_strategy sequential "
     run = subprocess.run(
-        [sys.executable, os.path.join(root, "train.py"), *flags.split()], capture_output=True, text=True
+        [sys.executable, os.path.join(root, "train.py"), *flags.split()],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
     assert run.returncode == 0, run.stderr[-2000:]
+    assert "out\\U0001f600" in run.stdout, "what a terminal lacks is escaped and ends nothing"
     assert "padding-free: passes of at most" in run.stdout
     assert "shared prefixes of 29 and 39 tokens" in run.stdout
     micro = original["micro"]
     steps = [micro[i] + micro[i + 1] for i in range(0, len(micro), 2)]  # each was divided by 2 already
     assert len(steps) == 32
-    assert logged(tmp_path / "out") == pytest.approx(steps, abs=1e-4)
+    assert logged(tmp_path / "out😀") == pytest.approx(steps, abs=1e-4)
