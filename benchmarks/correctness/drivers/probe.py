@@ -243,9 +243,7 @@ def main(run, find_leak=leak) -> None:
         groups = json.load(file)
     for group in groups:
         children = []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        ports = [free_port() for _ in group["jobs"]]  # one each: a rank may still reach the store of the job before
         for rank in range(group["processes"]):
             child = os.fork()
             if child:
@@ -253,14 +251,23 @@ def main(run, find_leak=leak) -> None:
                 continue
             if group["processes"] > 1:
                 ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": group["processes"]}
-                ranks |= {"LOCAL_WORLD_SIZE": group["processes"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                ranks |= {"LOCAL_WORLD_SIZE": group["processes"], "MASTER_ADDR": "127.0.0.1"}
                 os.environ.update({name: str(value) for name, value in ranks.items()})
             torch.set_num_threads(group["threads"])
-            for job in group["jobs"]:
+            for job, port in zip(group["jobs"], ports, strict=True):
+                if group["processes"] > 1:
+                    os.environ["MASTER_PORT"] = str(port)
                 run_job(job, run, find_leak)
             sys.stdout.flush()
             os._exit(0)
         wait(children, group["limit"])
+
+
+def free_port() -> int:
+    """Finds a free port on the loopback interface."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def wait(children: list[int], limit: float) -> None:
