@@ -136,3 +136,24 @@ def test_a_row_that_fails_does_not_cost_the_others(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(train_throughput, "ROWS", {"padded": {}})
     with pytest.raises(UserError, match="no row ran; padded failed"):
         train_throughput.measure(output=str(tmp_path / "none.json"))
+
+
+def test_servers_that_fail_have_a_row_and_none_at_all_is_one_line(tmp_path):
+    from benchmarks import servers
+
+    made = {"status": 0, "reasons": {"length": 2}, "said": []}
+    rows = [
+        {"server": "vLLM", "version": "0.32.0", "generator": made, "too_long": 2, "equal": 16, "template": 15},
+        {"server": "llama.cpp", "version": "build 9", "failed": "no such model"},
+    ]
+    assert servers.servers_table(rows).splitlines()[2:] == [
+        "| vLLM | 0.32.0 | 2 length | 2 of 2 journaled | 16 of 16 | 15 of 16 |",
+        "| llama.cpp | build 9 | did not start: no such model |  |  |  |",
+    ]
+    with pytest.raises(UserError, match="has no chat_template.jinja; name a folder that train.py saved"):
+        servers.run(str(tmp_path))
+    (tmp_path / "chat_template.jinja").touch()
+    with pytest.raises(UserError, match="none of the servers is installed here"):
+        servers.run(str(tmp_path), vllm="no-vllm", llama_server="no-llama", transformers="no-transformers")
+    with servers.started([sys.executable, "-c", "print('out of luck')"], str(tmp_path)) as (url, process):
+        assert servers.wait_for(url, process) == "out of luck"
