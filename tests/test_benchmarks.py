@@ -150,7 +150,7 @@ def test_servers_that_fail_have_a_row_and_none_at_all_is_one_line(tmp_path):
         "| vLLM | 0.32.0 | 2 length | 2 of 2 journaled | 16 of 16 | 15 of 16 |",
         "| llama.cpp | build 9 | did not start: no such model |  |  |  |",
     ]
-    with pytest.raises(UserError, match="has no chat_template.jinja; name a folder that train.py saved"):
+    with pytest.raises(UserError, match=r"has no chat_template\.jinja; name a folder that train.py saved"):
         servers.run(str(tmp_path))
     (tmp_path / "chat_template.jinja").touch()
     with pytest.raises(UserError, match="none of the servers is installed here"):
