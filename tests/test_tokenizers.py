@@ -3,6 +3,7 @@
 import json
 import os
 
+import gguf
 import sentencepiece
 import torch
 from toy_tokenizers import load, variant
@@ -38,7 +39,7 @@ def test_tokens_stay_sentencepieces_after_saving_and_loading(llama_dir, traps, t
 
 
 def test_saved_tokenizer_has_its_sentencepiece_scores_beside_it(llama_dir, opt_dir, traps, tmp_path):
-    """What llama.cpp's converter reads: tokenizer.model, and in added_tokens.json what was added above it."""
+    """What llama.cpp's converter reads, by the class of its own package: pieces, scores, and what was added above."""
     tokenizer, _ = load(llama_dir)
     tokenizer.save_pretrained(tmp_path / "saved")
     tokenizers.save_sentencepiece(tokenizer, str(tmp_path / "saved"))
@@ -52,6 +53,9 @@ def test_saved_tokenizer_has_its_sentencepiece_scores_beside_it(llama_dir, opt_d
         assert pieces.get_score(i) == reference.get_score(i)
         assert pieces.id_to_piece(i) == tokenizer.convert_ids_to_tokens(i)
     assert json.loads((tmp_path / "saved" / "added_tokens.json").read_text()) == {"[PAD]": count}
+    *converted, pad = gguf.SentencePieceVocab(tmp_path / "saved").all_tokens()
+    assert [score for _, score, _ in converted] == [reference.get_score(i) for i in range(count)]
+    assert pad[0] == b"[PAD]"
     texts = [format_prompt(example) + example["output"] for example in traps]
     for again in (AutoTokenizer.from_pretrained(tmp_path / "saved"), load(str(tmp_path / "saved"))[0]):
         assert again(texts)["input_ids"] == tokenizer(texts)["input_ids"]
