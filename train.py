@@ -242,7 +242,7 @@ def train() -> None:
     parts = {"processing_class": tokenizer, "record": record, **data}
     if not args.deepspeed:  # a process has one DeepSpeed engine; what doesn't fit shows when the real Trainer is made
         with misfits_in_one_line():  # on a copy of the arguments, because the Trainer writes into them
-            rehearsed = stand_in(model_args, skeleton, args.device)
+            rehearsed = stand_in(model_args, skeleton, args.device, tokenizer)
             make_trainer(plan, model=rehearsed, args=copy.deepcopy(args), **parts).rehearse(steps)
     set_seed(args.seed)
     model = load_for_training(model_args, args, plan, tokenizer, skeleton.config)

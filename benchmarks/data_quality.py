@@ -341,15 +341,14 @@ def check_task(task: ParsedTask, notes: dict) -> tuple[list[str], collections.Co
     program = notes.get("check")
     problems, ran = data_checks.run_blocks(task, program)
     problems += [f"is {task.problem}"] if task.problem else []
-    problems += [*data_checks.table_problems(task.output), *data_checks.length_problems(task)]
-    counts = {
-        "programs": ran,
-        "tables": len(data_checks.tables(task.output)),
-        "lengths": len(data_checks.length_conditions(task.instruction)),
-        "documents": notes.get("kind") == "document" and not program,
-    }
-    if counts["documents"]:
-        problems += data_checks.document_problems(task)
+    problems += data_checks.table_problems(task.output)
+    counts = {"programs": ran, "tables": len(data_checks.tables(task.output))}
+    if not program:  # which knows better whether a limit is for each part, and where a number comes from
+        counts["lengths"] = len(data_checks.length_conditions(task.instruction))
+        problems += data_checks.length_problems(task)
+        if notes.get("kind") == "document":
+            counts["documents"] = 1
+            problems += data_checks.document_problems(task)
     return problems, +collections.Counter(counts)
 
 

@@ -44,7 +44,7 @@ def load_skeleton(model_args, args):
         return tokenizer, model_class(config)
 
 
-def stand_in(model_args, skeleton, device):
+def stand_in(model_args, skeleton, device, tokenizer):
     """Makes a model of the run's shapes whose parameters are views of a single number, so that they take no memory.
 
     The Trainer, its optimizer and its schedule can be built on it before the weights load.
@@ -53,8 +53,10 @@ def stand_in(model_args, skeleton, device):
         model_args: A ModelArguments.
         skeleton: The model on the meta device.
         device: Where the parameters pretend to be.
+        tokenizer: The tokenizer, with its new tokens.
     """
     model = copy.deepcopy(skeleton)
+    _set_pad(model, tokenizer)
     if model_args.lora_r:
         with torch.device("meta"):
             model = model_args.adapt(model)
@@ -89,12 +91,17 @@ def load_for_training(model_args, args, plan: Plan, tokenizer, config):
         model = models.load_model(model_args.model_name_or_path, plan.dtype, args.cache_dir)
     rows = tokenizers.smart_tokenizer_and_embedding_resize({}, tokenizer, model)
     announce(f"padding: {tokenizer.pad_token}" + (", a new token; its row is the mean of the others" if rows else ""))
-    for config in (model.config, model.generation_config):
-        config.pad_token_id = tokenizer.pad_token_id
+    _set_pad(model, tokenizer)
     if model_args.lora_r:
         model = model_args.adapt(model)
         announce(f"LoRA on {', '.join(lora.target_names(model))}")
     return model
+
+
+def _set_pad(model, tokenizer) -> None:
+    """Names the padding in the model's configurations; otherwise the Trainer does, with a warning."""
+    for config in (model.config, model.generation_config):
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def empty_model(config, dtype: torch.dtype):
