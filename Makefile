@@ -27,7 +27,8 @@ format: .venv/.dev
 # benchmarks/README.md has the figures, and the commands for the others.
 bench: .venv/.dev
 	$(BIN)/python -m benchmarks.data_quality measure --data_path alpaca_data.json \
-		--recording recordings/completions.jsonl
+		--recordings recordings/paper/completions.jsonl,recordings/completions.jsonl \
+		--seed_tasks_paths recordings/paper/seed_tasks.jsonl,seed_tasks.jsonl --checks recordings/checks.jsonl
 	$(BIN)/python -m benchmarks.dedup run
 	$(BIN)/python -m benchmarks.generation run
 	$(BIN)/python -m benchmarks.tokenize

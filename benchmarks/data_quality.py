@@ -2,16 +2,16 @@
 
     python -m benchmarks.data_quality measure --data_path alpaca_data.json
     python -m benchmarks.data_quality measure --data_path alpaca_data.json --compare OTHER.json
-    python -m benchmarks.data_quality measure --data_path alpaca_data.json --recording recordings/completions.jsonl \
+    python -m benchmarks.data_quality measure --data_path alpaca_data.json --checks recordings/checks.jsonl \
         --update DATA.md
-    python -m benchmarks.data_quality check --recording recordings/next/completions.jsonl \
-        --checks recordings/next/checks.jsonl
+    python -m benchmarks.data_quality check --recording recordings/completions.jsonl --checks recordings/checks.jsonl
 
 Two data sets are compared at equal size, because a larger one has more pairs and closer neighbours by its size alone:
 20 random samples of the larger set, each as large as the smaller one, are measured and averaged.
 """
 
 import collections
+import concurrent.futures
 import functools
 import operator
 import os
@@ -35,6 +35,7 @@ FIELDS = ("instruction", "input", "output")
 PERCENTILES = (5, 25, 50, 75, 95)
 SAMPLES = 20
 BAND = 15  # words
+KINDS = ("boundary", "code", "document", "letter", "math", "other", "table")
 MIX = {  # measure_mix's counts, with the words for them
     "long_outputs": "outputs above 150 words",
     "long_inputs": "inputs above 100 words",
@@ -44,6 +45,8 @@ MIX = {  # measure_mix's counts, with the words for them
     "tabular": "outputs with a table, JSON or CSV",
     "colon_openers": "instructions that open with one to five words and a colon",
 }
+
+COMPARED = ("long_outputs", "long_inputs", "code", "tabular")
 
 _parse = functools.cache(parse_by_rules)  # the samples overlap
 
@@ -87,29 +90,45 @@ def _rank(lengths: list[int], percent: int) -> int:
 def measure_at_size(examples: list[dict[str, str]], size: int) -> dict[str, float]:
     """Measures diversity as the mean over random samples of `size` records, or once if there are no more than that."""
     draws = [random.Random(i).sample(examples, size) for i in range(SAMPLES)] if len(examples) > size else [examples]
-    found = [measure_quality(draw) for draw in draws]
-    names = ("root_verbs", "verb_object_pairs", "mean_nearest_rouge_l")
+    found = [{**measure_mix(draw, {}), **measure_quality(draw)} for draw in draws]
+    names = (
+        "root_verbs",
+        "verb_object_pairs",
+        "mean_nearest_rouge_l",
+        "long_outputs",
+        "long_inputs",
+        "code",
+        "tabular",
+    )
     return {"size": size, "samples": len(draws)} | {name: statistics.mean(f[name] for f in found) for name in names}
 
 
-def measure_collection(recording: str, seed_tasks_path: str) -> dict:
-    """Counts what becomes of recorded completions in the pipeline's own parser, filters and de-duplication."""
-    harvest = start_harvest(Config(num_instructions_to_generate=None), load_seed_tasks(seed_tasks_path))
-    records = []
-    for where, record in load_records(recording):
-        if missing := [name for name in ("request_index", "text", "finish_reason", "usage") if name not in record]:
-            raise UserError(f"{where}: not a recorded completion; it lacks {', '.join(missing)}")
-        records.append(record)
-    for record in sorted(records, key=lambda record: record["request_index"]):
-        harvest.add(record)
-    return {
-        "completions": len(records),
-        "cut_by_length": sum(record["finish_reason"] == "length" for record in records),
-        "completion_tokens": sum(record["usage"]["completion_tokens"] for record in records),
-        "tasks_parsed": harvest.parsed,
-        "kept": len(harvest.kept),
-        "rejected": dict(sorted(harvest.reasons.items())),
-    }
+def measure_collection(recordings: list[str], seed_tasks_paths: list[str]) -> list[dict]:
+    """Counts what becomes of recorded completions in the pipeline's own parser, filters and de-duplication.
+
+    Each recording goes on from the tasks kept of those before it, like a run that finds a regen.json.
+    """
+    found, earlier = [], []
+    for path, seeds in zip(recordings, seed_tasks_paths, strict=True):
+        harvest = start_harvest(Config(num_instructions_to_generate=None), load_seed_tasks(seeds), earlier)
+        records = []
+        for where, record in load_records(path):
+            if missing := [name for name in ("request_index", "text", "finish_reason", "usage") if name not in record]:
+                raise UserError(f"{where}: not a recorded completion; it lacks {', '.join(missing)}")
+            records.append(record)
+        for record in sorted(records, key=lambda record: record["request_index"]):
+            harvest.add(record)
+        found.append(
+            {
+                "completions": len(records),
+                "cut_by_length": sum(record["finish_reason"] == "length" for record in records),
+                "tasks_parsed": harvest.parsed,
+                "kept": len(harvest.kept) - len(earlier),
+                "rejected": dict(sorted(harvest.reasons.items())),
+            }
+        )
+        earlier = harvest.kept
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,20 +173,25 @@ def comparison_table(names: list[str], found: list[dict]) -> str:
         ["distinct root verbs", *(f"{q['root_verbs']:.0f}" for q in found)],
         ["distinct verb-object pairs", *(f"{q['verb_object_pairs']:.0f}" for q in found)],
         ["mean ROUGE-L F to the nearest other instruction", *(f"{q['mean_nearest_rouge_l']:.3f}" for q in found)],
+        *(
+            [MIX[n], *(f"{q[n] / q['size']:.1%}" for q in found)]
+            for n in ("long_outputs", "long_inputs", "code", "tabular")
+        ),
     ]
     return _table([f"at {found[0]['size']:,} records", *(f"`{name}`" for name in names)], rows)
 
 
-def collection_table(found: dict) -> str:
-    """Formats the way from completions to records."""
+def collection_table(names: list[str], found: list[dict]) -> str:
+    """Formats the way from completions to records, one column a recording."""
+    reasons = sorted({reason for counts in found for reason in counts["rejected"]})
     rows = [
-        ["completions", f"{found['completions']:,}"],
-        ["of these cut by length", f"{found['cut_by_length']:,}"],
-        ["tasks parsed", f"{found['tasks_parsed']:,}"],
-        *([f"dropped: {reason.replace('_', ' ')}", f"{count:,}"] for reason, count in found["rejected"].items()),
-        ["kept", f"{found['kept']:,}"],
+        ["completions", *(f"{counts['completions']:,}" for counts in found)],
+        ["of these cut by length", *(f"{counts['cut_by_length']:,}" for counts in found)],
+        ["tasks parsed", *(f"{counts['tasks_parsed']:,}" for counts in found)],
+        *([f"dropped: {r.replace('_', ' ')}", *(f"{c['rejected'].get(r, 0):,}" for c in found)] for r in reasons),
+        ["kept", *(f"{counts['kept']:,}" for counts in found)],
     ]
-    return _table(["", "count"], rows)
+    return _table(["", *(f"`{name}`" for name in names)], rows)
 
 
 def measure_mix(examples: list[dict[str, str]], kinds: dict[str, str]) -> dict:
@@ -247,8 +271,9 @@ def measure(
     data_path: str,
     compare: str | None = None,
     size: int | None = None,
-    recording: str | None = None,
-    seed_tasks_path: str = "seed_tasks.jsonl",
+    recordings: str | None = None,
+    seed_tasks_paths: str = "seed_tasks.jsonl",
+    checks: str | None = None,
     update: str | None = None,
     result_path: str | None = None,
 ) -> None:
@@ -258,10 +283,12 @@ def measure(
         data_path: Alpaca-format data, JSON or JSON Lines.
         compare: A second data set to compare with.
         size: Number of records to compare at. By default the size of the smaller set.
-        recording: Recorded completions that the data was made from; counts what was dropped and why.
-        seed_tasks_path: Seed tasks that the recording was made with.
+        recordings: Recorded completions that the data was made from, in order, separated by commas; counts what was
+            dropped and why.
+        seed_tasks_paths: For each recording, the seed tasks that it was made with, separated by commas.
+        checks: JSON Lines with the `kind` of each `instruction`; several files are separated by commas.
         update: Markdown file whose tables to replace: those between `<!-- figures -->` and `<!-- end of figures -->`,
-            and likewise lengths, comparison and collection.
+            and likewise lengths, mix, comparison and collection.
         result_path: JSON file to write all numbers to, with device, versions and commit.
     """
     paths = [data_path, compare] if compare else [data_path]
@@ -272,8 +299,13 @@ def measure(
         **provenance("lemminflect", "numpy", "rapidfuzz", "rouge_score"),
         "data": dict(zip(names, whole, strict=True)),
     }
+    notes = [record for path in checks.split(",") for _, record in load_records(path)] if checks else []
+    kinds = {note["instruction"]: note["kind"] for note in notes}
+    mix = [measure_mix(examples, kinds) for examples in data_sets]
+    result["mix"] = dict(zip(names, mix, strict=True))
     tables = {"figures": figures_table(names[:1], whole[:1]), "lengths": lengths_table(whole[0])}
-    shown = [figures_table(names, whole), *(lengths_table(found) for found in whole)]
+    tables["mix"] = mix_table(names[:1], mix[:1])
+    shown = [figures_table(names, whole), *(lengths_table(found) for found in whole), mix_table(names, mix)]
     if compare:
         size = size or min(map(len, data_sets))
         if not 0 < size <= min(map(len, data_sets)):
@@ -282,9 +314,12 @@ def measure(
         result["at_equal_size"] = dict(zip(names, equal, strict=True))
         tables["comparison"] = comparison_table(names, equal)
         shown.append(tables["comparison"])
-    if recording:
-        result["collection"] = measure_collection(recording, seed_tasks_path)
-        tables["collection"] = collection_table(result["collection"])
+    if recordings:
+        paths, seeds = recordings.split(","), seed_tasks_paths.split(",")
+        if len(paths) != len(seeds):
+            raise UserError(f"--recordings names {len(paths)} files and --seed_tasks_paths {len(seeds)}; name as many")
+        result["collection"] = measure_collection(paths, seeds)
+        tables["collection"] = collection_table(paths, result["collection"])
         shown.append(tables["collection"])
     print("\n\n".join(shown))
     if result_path:
@@ -312,8 +347,9 @@ def check(recording: str, checks: str, against: str = "") -> None:
     notes = {record["instruction"]: record for _, record in load_records(checks)}
     tasks = [task for _, record in load_records(recording) for task in parse_tasks(record["text"], 4)]
     problems, counts = [], collections.Counter()
-    for task in tasks:
-        found, checked = check_task(task, notes.get(task.instruction, {}))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for its programs
+        results = list(pool.map(lambda task: check_task(task, notes.get(task.instruction, {})), tasks))
+    for task, (found, checked) in zip(tasks, results, strict=True):
         problems += [f"{task.instruction[:60]!r}, {problem}" for problem in found]
         counts.update(checked)
         counts["unchecked"] += not checked

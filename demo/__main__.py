@@ -20,6 +20,7 @@ import time
 OUTPUT = "demo_output"
 DATA = f"{OUTPUT}/generated/alpaca_data.json"
 RAW, TUNED, DIFF, RECOVERED = (f"{OUTPUT}/{name}" for name in ("tiny_llama", "tuned", "diff", "recovered"))
+PAPER = "recordings/paper"  # short tasks, by the paper's rules: a tiny model learns them in a minute
 TASKS = 100  # what generate_instruction.py makes by default
 NEEDED_GIB = {"install": 6, "run": 1}  # torch and the rest take 2 GiB as a CPU build, more with CUDA's libraries
 GENERATE = "python -m generate_instruction generate_instruction_following_data"
@@ -100,7 +101,7 @@ def free_port():
 @contextlib.contextmanager
 def replay_server(port):
     """Runs the server of recorded completions during the block. If it fails to start, the demo ends."""
-    command = f"python -m demo.replay --port {port}"
+    command = f"python -m demo.replay --port {port} --recording {PAPER}/completions.jsonl"
     print(f"\n$ {command} &", flush=True)
     server = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], stdout=subprocess.PIPE, text=True)
     with ending(server, signal.SIGINT):
@@ -121,6 +122,7 @@ def generate(port):
     with replay_server(port):
         run(
             f"{GENERATE} --output_dir {OUTPUT}/generated --base_url http://127.0.0.1:{port}/v1 --model_name recorded "
+            f"--prompt_path configs/prompt_paper.txt --seed_tasks_path {PAPER}/seed_tasks.jsonl "
             f"--seed 0 --num_instructions_to_generate {TASKS} --price_input 0 --price_output 0"
         )
     if load(DATA) != load("alpaca_data.json")[:TASKS]:

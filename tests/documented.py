@@ -6,7 +6,7 @@ import re
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = sorted(
     os.path.join(folder, name)
-    for folder in ("", "docs", "benchmarks", "recordings/next")
+    for folder in ("", "docs", "benchmarks", "recordings")
     for name in os.listdir(os.path.join(ROOT, folder))
     if name.endswith(".md")
 )

@@ -34,7 +34,7 @@ def make_model(name: str = "llama", dtype: torch.dtype = torch.float64, seed: in
 
 
 def load_examples(root: str, count: int = 16) -> list[dict]:
-    with open(os.path.join(root, "seed_tasks.jsonl"), encoding="utf-8") as file:
+    with open(os.path.join(root, "recordings", "paper", "seed_tasks.jsonl"), encoding="utf-8") as file:
         tasks = [json.loads(line) for line in file][:count]
     records = [{"instruction": task["instruction"], **task["instances"][0]} for task in tasks]
     texts = [(format_prompt(record), record["output"]) for record in records]

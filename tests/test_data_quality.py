@@ -67,6 +67,22 @@ def test_larger_set_is_sampled_down_to_equal_size():
     assert alone["verb_object_pairs"] == 2
 
 
+def test_the_mix_is_what_was_counted_by_hand():
+    code = "Run it:\n\n```python\ndef f():\n    return 1\n\n\nassert f() == 1\n```\n"
+    examples = [
+        {"instruction": "Fix my code: it hangs.", "input": "", "output": code},
+        {"instruction": "Sum it up.", "input": "word " * 101, "output": "one; two " * 80},
+        {"instruction": "As a table, please.", "input": "", "output": "| a | b |\n| --- | --- |\n| 1 | 2 |"},
+        {"instruction": "How many?", "input": "", "output": "Two; no more."},
+    ]
+    found = data_quality.measure_mix(examples, {"How many?": "math", "Sum it up.": "document", "other": "code"})
+    assert found["bands"] == {1: 3, 151: 1}
+    assert [found[name] for name in data_quality.MIX] == [1, 1, 1, 1, 1, 1, 1]
+    assert found["kinds"] == {"document": 1, "math": 1}
+    assert found["semicolons_per_1000_words"] == pytest.approx(1000 * 81 / (2 + 160 + 15 + 3))
+    assert found["output_words"] == {"p50": 12, "p90": 160, "max": 160}
+
+
 def test_command_compares_updates_tables_and_writes_the_numbers(root, tmp_path):
     ours, other = _dump(tmp_path / "ours.json", EXAMPLES * 2), _dump(tmp_path / "other.json", EXAMPLES[:4])
     sheet = tmp_path / "sheet.md"
@@ -94,7 +110,7 @@ def test_command_compares_updates_tables_and_writes_the_numbers(root, tmp_path):
     data_quality.measure(ours, update=str(sheet))
     assert sheet.read_text() == text
     result = json.loads((tmp_path / "r.json").read_text())
-    assert {"device", "versions", "commit", "data", "at_equal_size"} == set(result)
+    assert {"device", "versions", "commit", "data", "mix", "at_equal_size"} == set(result)
     assert result["at_equal_size"]["ours.json"]["size"] == 4
 
 
@@ -108,7 +124,8 @@ def test_command_compares_updates_tables_and_writes_the_numbers(root, tmp_path):
             ["--data_path", "good.json", "--update", "plain.md"],
             "plain.md has no place for a table; expected the lines <!-- NAME",
         ),
-        (["--data_path", "good.json", "--recording", "good.json"], "good.json, record 0: not a recorded completion"),
+        (["--data_path", "good.json", "--recordings", "good.json"], "good.json, record 0: not a recorded completion"),
+        (["--data_path", "good.json", "--recordings", "a,b"], "--recordings names 2 files and --seed_tasks_paths 1; "),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(arguments, complaint, root, tmp_path, monkeypatch, capsys):
@@ -116,7 +133,7 @@ def test_wrong_input_is_refused_in_one_line(arguments, complaint, root, tmp_path
     _dump(tmp_path / "good.json", EXAMPLES)
     (tmp_path / "plain.md").write_text("plain")
     monkeypatch.chdir(tmp_path)
-    seeds = ["--seed_tasks_path", os.path.join(root, "seed_tasks.jsonl")]
+    seeds = ["--seed_tasks_paths", os.path.join(root, "seed_tasks.jsonl")]
     with pytest.raises(SystemExit) as stop:
         data_quality.run_cli({"measure": data_quality.measure}, ["measure", *arguments, *seeds])
     assert stop.value.code == 2
@@ -126,26 +143,29 @@ def test_wrong_input_is_refused_in_one_line(arguments, complaint, root, tmp_path
     assert (tmp_path / "plain.md").read_text() == "plain"
 
 
-def test_tables_of_the_datasheet_are_what_is_measured(root, tmp_path):
+def test_tables_of_the_datasheet_are_what_is_measured(root, tmp_path, monkeypatch):
     """Without the other data set the comparison stays as it is; the next test has it."""
-    paths = {name: os.path.join(root, name) for name in ("alpaca_data.json", "seed_tasks.jsonl", "DATA.md")}
+    monkeypatch.chdir(root)
     sheet = tmp_path / "DATA.md"
-    shutil.copy(paths["DATA.md"], sheet)
-    recording = os.path.join(root, "recordings", "completions.jsonl")
+    shutil.copy("DATA.md", sheet)
     data_quality.measure(
-        paths["alpaca_data.json"], recording=recording, seed_tasks_path=paths["seed_tasks.jsonl"], update=str(sheet)
+        "alpaca_data.json",
+        recordings="recordings/paper/completions.jsonl,recordings/completions.jsonl",
+        seed_tasks_paths="recordings/paper/seed_tasks.jsonl,seed_tasks.jsonl",
+        checks="recordings/checks.jsonl",
+        update=str(sheet),
     )
-    with open(paths["DATA.md"], encoding="utf-8") as file:
+    with open("DATA.md", encoding="utf-8") as file:
         assert sheet.read_text(encoding="utf-8") == file.read()
     with open(os.path.join(root, "benchmarks", "results", "data_quality.json")) as file:
         comparison = data_quality.comparison_table(*zip(*json.load(file)["at_equal_size"].items(), strict=True))
     assert f"<!-- comparison -->\n\n{comparison}\n\n<!-- end of comparison -->" in sheet.read_text(encoding="utf-8")
 
 
-def test_bundled_data_are_more_diverse_than_as_many_of_another_set(root, reference_dir):
+def test_bundled_data_repeat_themselves_less_than_as_many_of_another_set(root, reference_dir):
     data_sets = [os.path.join(root, "alpaca_data.json"), os.path.join(reference_dir, "data", "alpaca_en_demo.json")]
     ours, other = (data_quality.measure_at_size(data_quality.load_examples(path), 999) for path in data_sets)
-    assert ours["verb_object_pairs"] > other["verb_object_pairs"]
+    assert ours["root_verbs"] > other["root_verbs"]
     assert ours["mean_nearest_rouge_l"] < other["mean_nearest_rouge_l"]
     with open(os.path.join(root, "benchmarks", "results", "data_quality.json")) as file:
         assert json.load(file)["at_equal_size"] == {"alpaca_data.json": ours, "alpaca_en_demo.json": other}

@@ -16,8 +16,8 @@ from documented import PAGES, ROOT, bash_blocks, commands, read
 from alpaca import cli
 
 # Programs that are not ours: what a page may call without a check of its own.
-OTHERS = {"alpaca_eval", "cd", "cmp", "curl", "echo", "export", "git", "hf", "kill", "transformers", "vllm"}
-OTHERS |= {"convert_hf_to_gguf.py", "llama-server"}
+OTHERS = {"alpaca_eval", "cd", "cmp", "cp", "curl", "echo", "export", "git", "hf", "kill"}
+OTHERS |= {"convert_hf_to_gguf.py", "llama-server", "mkdir", "transformers", "vllm"}
 
 
 def split(command: str) -> list[str]:

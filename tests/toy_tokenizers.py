@@ -27,7 +27,7 @@ OUTPUTS = [
 
 def records(root: str) -> list[dict]:
     """The seed tasks and the traps, with and without an input."""
-    with open(os.path.join(root, "seed_tasks.jsonl"), encoding="utf-8") as file:
+    with open(os.path.join(root, "recordings", "paper", "seed_tasks.jsonl"), encoding="utf-8") as file:
         tasks = [json.loads(line) for line in file]
     found = [{"instruction": task["instruction"], **task["instances"][0]} for task in tasks]
     return found + [{"instruction": "Do it:", "input": i, "output": o} for o in OUTPUTS for i in ("", "this  one:")]

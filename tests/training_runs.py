@@ -40,7 +40,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def data(root, tmp_path_factory) -> str:
     """32 short seed tasks."""
-    with open(os.path.join(root, "seed_tasks.jsonl"), encoding="utf-8") as file:
+    with open(os.path.join(root, "recordings", "paper", "seed_tasks.jsonl"), encoding="utf-8") as file:
         tasks = [json.loads(line) for line in file]
     examples = [{"instruction": task["instruction"], **task["instances"][0]} for task in tasks]
     examples = sorted(examples, key=lambda e: len(format_prompt(e) + e["output"]))[:32]
@@ -127,7 +127,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 def trainee(root, tmp_path_factory) -> list[str]:
     """A tiny LLaMA, 40 seed tasks, and flags for steps of 12 examples, the last one of 4."""
     folder = tmp_path_factory.mktemp("trainee")
-    with open(os.path.join(root, "seed_tasks.jsonl"), encoding="utf-8") as file:
+    with open(os.path.join(root, "recordings", "paper", "seed_tasks.jsonl"), encoding="utf-8") as file:
         tasks = [json.loads(line) for line in file]
     records = [{"instruction": task["instruction"], **task["instances"][0]} for task in tasks]
     records = sorted(records, key=lambda r: len(format_prompt(r) + r["output"]))[:40]
