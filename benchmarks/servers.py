@@ -103,11 +103,12 @@ def run(
         ]
         jdump(tasks, os.path.join(folder, "data.json"))
         expected = batch(folder, "process", "--model_path", path, "--device", "cpu", "--dtype", "float32")
-        rows = [row for server in servers for row in attempt(server, folder, expected, litellm)]
-    found = {"date": datetime.date.today().isoformat(), "rows": rows, **provenance("transformers", "openai")}
-    jdump(found, os.path.join(RESULTS, "servers.json"))
-    print(servers_table(rows))
-    update_tables(update, {"servers": servers_table(rows)})
+        found = {"date": datetime.date.today().isoformat(), "rows": [], **provenance("transformers", "openai")}
+        for row in (row for server in servers for row in attempt(server, folder, expected, litellm)):
+            found["rows"].append(row)
+            jdump(found, os.path.join(RESULTS, "servers.json"))  # a later server may take for ever
+            print(servers_table([row]), flush=True)
+    update_tables(update, {"servers": servers_table(found["rows"])})
 
 
 def _program(name: str) -> str:
