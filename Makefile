@@ -1,5 +1,5 @@
 # make demo: the whole pipeline at toy size.  make test: all tests.  make real: the paper's story with pretrained
-# weights (100 MB of download, 8 GiB of memory, about 15 minutes on 2 cores).  Each builds .venv first, once.
+# weights (100 MB of download, 8 GiB of memory, about 20 minutes on 2 cores).  Each builds .venv first, once.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check

@@ -14,6 +14,7 @@ import datetime
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def run(
     if not os.path.isfile(os.path.join(model_path, "chat_template.jinja")):
         raise UserError(f"{model_path} has no chat_template.jinja; name a folder that train.py saved")
     path = os.path.abspath(model_path)
+    vllm, llama_server, litellm, transformers = map(_program, (vllm, llama_server, litellm, transformers))
     limits = ["--host", "127.0.0.1", "--port", "PORT"]
     servers = [
         Server(
@@ -79,7 +81,7 @@ def run(
         ),
         Server(
             "llama.cpp",
-            [llama_server, "-m", gguf, *limits, "-c", str(2 * CONTEXT), "-np", "2"],
+            [llama_server, "-m", os.path.abspath(gguf), *limits, "-c", str(2 * CONTEXT), "-np", "2"],
             "",
             [llama_server, "--version"],
         ),
@@ -90,9 +92,10 @@ def run(
             [transformers, "version"],
         ),
     ]
-    servers = [s for s in servers if shutil.which(s.command[0]) and (gguf or s.name != "llama.cpp")]
+    servers = [s for s in servers if s.command[0] and (gguf or s.name != "llama.cpp")]
     if not servers:
         raise UserError("none of the servers is installed here; name one, for instance --vllm PATH")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the servers, too
     with tempfile.TemporaryDirectory() as folder:
         tasks = [task for _, task in load_records(os.path.join(ROOT, "seed_tasks.jsonl"))]
         tasks = [{"instruction": t["instruction"], **t["instances"][0]} for t in tasks[:: len(tasks) // PROMPTS]][
@@ -100,11 +103,18 @@ def run(
         ]
         jdump(tasks, os.path.join(folder, "data.json"))
         expected = batch(folder, "process", "--model_path", path, "--device", "cpu", "--dtype", "float32")
-        rows = [row for server in servers for row in attempt(server, folder, expected, litellm)]
-    found = {"date": datetime.date.today().isoformat(), "rows": rows, **provenance("transformers", "openai")}
-    jdump(found, os.path.join(RESULTS, "servers.json"))
-    print(servers_table(rows))
-    update_tables(update, {"servers": servers_table(rows)})
+        found = {"date": datetime.date.today().isoformat(), "rows": [], **provenance("transformers", "openai")}
+        for row in (row for server in servers for row in attempt(server, folder, expected, litellm)):
+            found["rows"].append(row)
+            jdump(found, os.path.join(RESULTS, "servers.json"))  # a later server may take for ever
+            print(servers_table([row]), flush=True)
+    update_tables(update, {"servers": servers_table(found["rows"])})
+
+
+def _program(name: str) -> str:
+    """Finds a program; gives its whole path, or "" if it isn't there."""
+    found = shutil.which(name)
+    return os.path.abspath(found) if found else ""
 
 
 def attempt(server: Server, folder: str, expected: list[str], litellm: str) -> Iterator[dict]:
@@ -116,7 +126,7 @@ def attempt(server: Server, folder: str, expected: list[str], litellm: str) -> I
             yield row | {"failed": complaint}
             return
         yield row | measure(url, server.model, folder, expected)
-        if server.name != "vLLM" or not shutil.which(litellm):
+        if server.name != "vLLM" or not litellm:
             return
         settings = {"model": f"hosted_vllm/{server.model}", "api_base": url, "api_key": "none"}
         config = os.path.join(folder, "litellm.yaml")

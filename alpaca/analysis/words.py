@@ -53,8 +53,8 @@ OPENERS = _words(
     "please now first firstly second next then also finally just and so kindly always never not do don't don’t , -"
 )
 # Readings that the lexicon has but instructions don't: "the following" and "the given" are not nouns here, nor are
-# "a think" or "a back".
-UNUSED_READINGS = {"following": {"NOUN"}, "given": {"NOUN"}, "think": {"NOUN"}, "back": {"NOUN"}}
+# "a think" or "a back", and "short" (of "short story, please") is no verb.
+UNUSED_READINGS = {"short": {"VERB"}, "following": {"NOUN"}, "given": {"NOUN"}, "think": {"NOUN"}, "back": {"NOUN"}}
 
 
 class Token(NamedTuple):

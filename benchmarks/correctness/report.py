@@ -153,7 +153,7 @@ def draw(result: dict, path: str) -> None:
     from matplotlib import patches, pyplot
 
     columns = result["columns"]
-    figure, axes = pyplot.subplots(figsize=(11, 5.6), dpi=110)
+    figure, axes = pyplot.subplots(figsize=(12, 5.6), dpi=110)
     for y, check in enumerate(CHECKS):
         for x, column in enumerate(columns):
             cell = column["cells"][check.name]
@@ -167,7 +167,7 @@ def draw(result: dict, path: str) -> None:
     axes.set_xlim(0, len(columns))
     axes.set_ylim(len(CHECKS), 0)
     names = [column["title"].replace(" ", "\n", 1).replace(", ", ",\n") for column in columns]
-    axes.set_xticks([x + 0.5 for x in range(len(columns))], names, fontsize=8)
+    axes.set_xticks([x + 0.5 for x in range(len(columns))], names, fontsize=7)
     axes.set_yticks([y + 0.5 for y in range(len(CHECKS))], [check.title for check in CHECKS], fontsize=8)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
