@@ -75,7 +75,7 @@ def run(
     servers = [
         Server(
             "vLLM",
-            [vllm, "serve", path, *limits, "--max-model-len", str(CONTEXT), "--dtype", "float32"],
+            [vllm, "serve", path, *limits, "--max-model-len", str(CONTEXT), "--dtype", "float32", "--enforce-eager"],
             path,
             [vllm, "--version"],
         ),
