@@ -130,7 +130,9 @@ def attempt(server: Server, folder: str, expected: list[str], litellm: str) -> I
             return
         settings = {"model": f"hosted_vllm/{server.model}", "api_base": url, "api_key": "none"}
         config = os.path.join(folder, "litellm.yaml")
-        jdump({"model_list": [{"model_name": "small", "litellm_params": settings}]}, config)  # JSON is YAML
+        keyless = {"dangerously_permit_weak_or_unset_master_key": True}  # it listens on 127.0.0.1 alone
+        models = [{"model_name": "small", "litellm_params": settings}]
+        jdump({"model_list": models, "general_settings": keyless}, config)  # JSON is YAML
         print("starting litellm", flush=True)
         with started([litellm, "--config", config, "--host", "127.0.0.1", "--port", "PORT"], folder) as (
             proxy,
