@@ -104,7 +104,7 @@ def replay_server(port):
     command = f"python -m demo.replay --port {port} --recording {PAPER}/completions.jsonl"
     print(f"\n$ {command} &", flush=True)
     server = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], stdout=subprocess.PIPE, text=True)
-    with ending(server, signal.SIGINT):
+    with ending(server, signal.SIGTERM):  # SIGINT is ignored by all that a script starts in the background
         line = server.stdout.readline()
         if not line:
             sys.exit(server.wait())  # it has printed the reason
