@@ -89,3 +89,12 @@ def test_missing_python_gives_one_line_and_no_environment(root, tmp_path, python
     assert done.returncode == 2
     assert f"{python} does not run; name a Python 3.10 or newer: make PYTHON=" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_the_demos_server_ends_where_a_script_runs_it_in_the_background(root):
+    """There SIGINT is ignored, and a server that only obeys it would be waited for for ever."""
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    code += "from demo.__main__ import free_port, replay_server\nwith replay_server(free_port()): print('up')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("up\n")
