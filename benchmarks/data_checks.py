@@ -111,8 +111,8 @@ def table_problems(output: str) -> Iterator[str]:
 def length_conditions(instruction: str) -> list[tuple[str, int]]:
     """Gets the conditions on the length of the whole answer: "under 60 words" -> ("under", 60).
 
-    A limit for a part of an answer can't be told from one for the whole, unless it says
-    "each" or the instruction goes on with "and": "a headline of at most eight words and three bullets".
+    A limit for a part of an answer can't be told from one for the whole, unless it says "each" or the instruction goes
+    on with "and": "a headline of at most eight words and three bullets".
     """
     return [
         (word.lower(), int(number) if number.isdigit() else _SPELLED[number.lower()])

@@ -35,7 +35,6 @@ FIELDS = ("instruction", "input", "output")
 PERCENTILES = (5, 25, 50, 75, 95)
 SAMPLES = 20
 BAND = 15  # words
-KINDS = ("boundary", "code", "document", "letter", "math", "other", "table")
 MIX = {  # measure_mix's counts, with the words for them
     "long_outputs": "outputs above 150 words",
     "long_inputs": "inputs above 100 words",

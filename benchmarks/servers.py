@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,11 +25,13 @@ from typing import NamedTuple
 from alpaca.cli import UserError, run_cli
 from alpaca.client import Client
 from alpaca.files import jdump, jload
+from alpaca.inference.batch import load_instances
 from alpaca.inference.engine import NEUTRAL
 from alpaca.prompts import format_prompt
 from alpaca.records import load_records
 from benchmarks.data_quality import update_tables
 from benchmarks.provenance import RESULTS, ROOT, provenance
+from demo.__main__ import free_port
 
 CONTEXT = 2048  # tokens
 PROMPTS, NEW_TOKENS = 16, 64
@@ -63,7 +64,7 @@ def run(
         gguf: The same model, converted by llama.cpp's convert_hf_to_gguf.py.
         vllm: The program that starts vLLM.
         llama_server: The program that starts llama.cpp's server.
-        litellm: The program that starts litellm's proxy; it stands before the first of the others that runs.
+        litellm: The program that starts litellm's proxy; it stands before vLLM.
         transformers: The program that starts `transformers serve`.
         update: Markdown file whose table between `<!-- servers -->` and `<!-- end of servers -->` is replaced.
     """
@@ -97,10 +98,8 @@ def run(
         raise UserError("none of the servers is installed here; name one, for instance --vllm PATH")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the servers, too
     with tempfile.TemporaryDirectory() as folder:
-        tasks = [task for _, task in load_records(os.path.join(ROOT, "seed_tasks.jsonl"))]
-        tasks = [{"instruction": t["instruction"], **t["instances"][0]} for t in tasks[:: len(tasks) // PROMPTS]][
-            :PROMPTS
-        ]
+        tasks = load_instances(os.path.join(ROOT, "seed_tasks.jsonl"))
+        tasks = tasks[:: len(tasks) // PROMPTS][:PROMPTS]
         jdump(tasks, os.path.join(folder, "data.json"))
         expected = batch(folder, "process", "--model_path", path, "--device", "cpu", "--dtype", "float32")
         found = {"date": datetime.date.today().isoformat(), "rows": [], **provenance("transformers", "openai")}
@@ -118,7 +117,7 @@ def _program(name: str) -> str:
 
 
 def attempt(server: Server, folder: str, expected: list[str], litellm: str) -> Iterator[dict]:
-    """Starts a server, and the proxy before the first one that isn't a proxy itself; yields a row for each."""
+    """Starts a server, and the proxy before vLLM; yields a row for each."""
     print(f"starting {server.name}", flush=True)
     with started(server.command, folder) as (url, process):
         row = {"server": server.name, "version": version(server.version)}
@@ -134,10 +133,8 @@ def attempt(server: Server, folder: str, expected: list[str], litellm: str) -> I
         models = [{"model_name": "small", "litellm_params": settings}]
         jdump({"model_list": models, "general_settings": keyless}, config)  # JSON is YAML
         print("starting litellm", flush=True)
-        with started([litellm, "--config", config, "--host", "127.0.0.1", "--port", "PORT"], folder) as (
-            proxy,
-            process,
-        ):
+        command = [litellm, "--config", config, "--host", "127.0.0.1", "--port", "PORT"]
+        with started(command, folder) as (proxy, process):
             row = {"server": "litellm's proxy, before vLLM", "version": version([litellm, "--version"])}
             complaint = wait_for(proxy, process)
             yield row | ({"failed": complaint} if complaint else measure(proxy, "small", folder, expected))
@@ -206,19 +203,15 @@ async def same_by_chat(url: str, model: str, tasks: list[dict]) -> int:
             chat = await client.post(f"{url}/chat/completions", json={"messages": user, **fixed})
             plain = await client.post(f"{url}/completions", json={"prompt": format_prompt(task), **fixed, **NEUTRAL})
             if chat.is_success and plain.is_success:
-                same += (
-                    chat.json()["choices"][0]["message"]["content"].strip()
-                    == plain.json()["choices"][0]["text"].strip()
-                )
+                answers = chat.json()["choices"][0]["message"]["content"], plain.json()["choices"][0]["text"]
+                same += answers[0].strip() == answers[1].strip()
     return same
 
 
 @contextlib.contextmanager
 def started(command: list[str], folder: str) -> Iterator[tuple[str, subprocess.Popen]]:
     """Runs a server during the block, with what it prints in a file; gives its URL and its process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(port) if part == "PORT" else part for part in command]
     with open(os.path.join(folder, f"{port}.log"), "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
@@ -268,15 +261,9 @@ def servers_table(rows: list[dict]) -> str:
             cells = [f"did not start: {row['failed'][:100]}", "", "", ""]
         else:
             made = row["generator"]
-            outcome = ", ".join(f"{count} {reason}" for reason, count in made["reasons"].items()) or " ".join(
-                made["said"]
-            )
-            cells = [
-                outcome,
-                f"{row['too_long']} of 2 journaled",
-                f"{row['equal']} of {PROMPTS}",
-                f"{row['template']} of {PROMPTS}",
-            ]
+            outcomes = ", ".join(f"{count} {reason}" for reason, count in made["reasons"].items())
+            cells = [outcomes or " ".join(made["said"]), f"{row['too_long']} of 2 journaled"]
+            cells += [f"{row[name]} of {PROMPTS}" for name in ("equal", "template")]
         lines.append(f"| {' | '.join([row['server'], row['version'], *cells])} |")
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ from alpaca.records import load_examples
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OUTPUT = "demo_output/real"
-MEMORY, DISK = 7 * 2**30, 4 * 2**30  # training peaks at 5.1 GiB; four folders of 513 MiB and the wheel
+MEMORY, DISK = 7 * 2**30, 4 * 2**30  # training peaks at 5.5 GiB; four folders of 513 MiB and the wheel
 HELD_OUT_SHORT, HELD_OUT_LONG = 32, 64  # tasks with an answer of few words, and all others
 FEW_WORDS = 3  # answers up to this length are compared word for word
 SHOWN = 8  # rows of the side-by-side table
