@@ -15,6 +15,7 @@ import sys
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
@@ -65,6 +66,10 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1]) as file:
-        for argv in json.load(file):
-            run(argv)
+    try:
+        with open(sys.argv[1]) as file:
+            for argv in json.load(file):
+                run(argv)
+    finally:  # as train.main does; without it gloo's threads may abort a process that ended well
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
