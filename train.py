@@ -12,8 +12,10 @@ r"""Fine-tunes LLaMA or OPT on instruction data, as Stanford Alpaca did.
 """
 
 import copy
+import os
 import random
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -241,9 +243,11 @@ def train() -> None:
         resuming.check_same_run(resume, skeleton.config, record)
     parts = {"processing_class": tokenizer, "record": record, **data}
     if not args.deepspeed:  # a process has one DeepSpeed engine; what doesn't fit shows when the real Trainer is made
-        with misfits_in_one_line():  # on a copy of the arguments, because the Trainer writes into them
+        with misfits_in_one_line(), tempfile.TemporaryDirectory() as elsewhere:
+            trial = copy.deepcopy(args)  # the Trainer writes into them, and makes the folder
+            trial.output_dir = os.path.join(elsewhere, os.path.basename(os.path.abspath(args.output_dir)))
             rehearsed = stand_in(model_args, skeleton, args.device, tokenizer)
-            make_trainer(plan, model=rehearsed, args=copy.deepcopy(args), **parts).rehearse(steps)
+            make_trainer(plan, model=rehearsed, args=trial, **parts).rehearse(steps)
     set_seed(args.seed)
     model = load_for_training(model_args, args, plan, tokenizer, skeleton.config)
     shapes = lora.adapter_shapes(model) if plan.lora_r else tensor_shapes(skeleton)

@@ -164,8 +164,7 @@ def check_disk(args, trainable: int, steps: int, done: int = 0) -> str:
             "free space, lower --save_total_limit, or pass --save_strategy no or --save_only_model True"
         )
     try:
-        os.makedirs(output_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
+        tempfile.TemporaryFile(dir=nearest_existing(output_dir)).close()  # a refused run leaves no folder behind
     except OSError as error:
         raise UserError(f"cannot write into {output_dir}: {error.strerror}; name another --output_dir") from error
     return f"disk: {size_text(need)} needed at most ({parts}), {size_text(free)} free"

@@ -90,6 +90,7 @@ def test_what_the_trainer_cannot_be_built_from_is_one_line(models, data, tmp_pat
         run(monkeypatch, models["llama"], data, tmp_path / "out", *flags.split())
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_best_model_is_found_by_what_an_evaluation_gives(models, data, tmp_path):
