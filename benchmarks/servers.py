@@ -102,11 +102,11 @@ def run(
         tasks = tasks[:: len(tasks) // PROMPTS][:PROMPTS]
         jdump(tasks, os.path.join(folder, "data.json"))
         expected = batch(folder, "process", "--model_path", path, "--device", "cpu", "--dtype", "float32")
-        found = {"date": datetime.date.today().isoformat(), "rows": [], **provenance("transformers", "openai")}
+        found = {"rows": [], **provenance("transformers", "openai")}
         for row in (row for server in servers for row in attempt(server, folder, expected, litellm)):
-            found["rows"].append(row)
+            found["rows"].append(row | {"date": datetime.date.today().isoformat()})
             jdump(found, os.path.join(RESULTS, "servers.json"))  # a later server may take for ever
-            print(servers_table([row]), flush=True)
+            print(servers_table(found["rows"][-1:]), flush=True)
     update_tables(update, {"servers": servers_table(found["rows"])})
 
 
@@ -202,6 +202,8 @@ async def same_by_chat(url: str, model: str, tasks: list[dict]) -> int:
             user = [{"role": "user", "content": text}]
             chat = await client.post(f"{url}/chat/completions", json={"messages": user, **fixed})
             plain = await client.post(f"{url}/completions", json={"prompt": format_prompt(task), **fixed, **NEUTRAL})
+            if plain.status_code == 422:  # knows no such fields
+                plain = await client.post(f"{url}/completions", json={"prompt": format_prompt(task), **fixed})
             if chat.is_success and plain.is_success:
                 answers = chat.json()["choices"][0]["message"]["content"], plain.json()["choices"][0]["text"]
                 same += answers[0].strip() == answers[1].strip()
@@ -246,15 +248,15 @@ def version(command: list[str]) -> str:
     """Gets a version from what a program prints: the first number with a dot, or a build number."""
     done = subprocess.run(command, capture_output=True, text=True)
     text = done.stdout + done.stderr
-    found = re.search(r"\d+\.\d+(?:\.\d+)*|version: (\d+)", text)
+    found = re.search(r"\d+\.\d+(?:\.\d+)*|version: (\d+) ", text)
     return (found[1] and f"build {found[1]}") or found[0] if found else "unknown"
 
 
 def servers_table(rows: list[dict]) -> str:
     """Formats what was found, one row a server."""
     lines = [
-        "| server | version | generator | prompt too long | answers equal | chat = template |",
-        "|---|---|---|---|---|---|",
+        "| server | version | date | generator | prompt too long | answers equal | chat = template |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if "failed" in row:
@@ -264,7 +266,7 @@ def servers_table(rows: list[dict]) -> str:
             outcomes = ", ".join(f"{count} {reason}" for reason, count in made["reasons"].items())
             cells = [outcomes or " ".join(made["said"]), f"{row['too_long']} of 2 journaled"]
             cells += [f"{row[name]} of {PROMPTS}" for name in ("equal", "template")]
-        lines.append(f"| {' | '.join([row['server'], row['version'], *cells])} |")
+        lines.append(f"| {' | '.join([*(row[name] for name in ('server', 'version', 'date')), *cells])} |")
     return "\n".join(lines)
 
 

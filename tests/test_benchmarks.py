@@ -142,13 +142,14 @@ def test_servers_that_fail_have_a_row_and_none_at_all_is_one_line(tmp_path):
     from benchmarks import servers
 
     made = {"status": 0, "reasons": {"length": 2}, "said": []}
+    found = {"version": "0.32.0", "date": "2026-11-24"}
     rows = [
-        {"server": "vLLM", "version": "0.32.0", "generator": made, "too_long": 2, "equal": 16, "template": 15},
-        {"server": "llama.cpp", "version": "build 9", "failed": "no such model"},
+        {"server": "vLLM", **found, "generator": made, "too_long": 2, "equal": 16, "template": 15},
+        {"server": "llama.cpp", **found, "failed": "no such model"},
     ]
     assert servers.servers_table(rows).splitlines()[2:] == [
-        "| vLLM | 0.32.0 | 2 length | 2 of 2 journaled | 16 of 16 | 15 of 16 |",
-        "| llama.cpp | build 9 | did not start: no such model |  |  |  |",
+        "| vLLM | 0.32.0 | 2026-11-24 | 2 length | 2 of 2 journaled | 16 of 16 | 15 of 16 |",
+        "| llama.cpp | 0.32.0 | 2026-11-24 | did not start: no such model |  |  |  |",
     ]
     with pytest.raises(UserError, match=r"has no chat_template\.jinja; name a folder that train.py saved"):
         servers.run(str(tmp_path))
