@@ -92,7 +92,7 @@ def engine(base_url: str, model_path: str, prompts: int = 64, new_tokens: int = 
     with tempfile.TemporaryDirectory() as folder:
         tasks, data = inference.load_instances(os.path.join(ROOT, "seed_tasks.jsonl"))[:prompts], f"{folder}/data.json"
         jdump(tasks, data)
-        name = asyncio.run(Client(base_url, api="completions").only_model())
+        name = asyncio.run(only_model(base_url))
         asyncio.run(bare(base_url, name, tasks, new_tokens))  # fills the server's prefix cache for everybody
         times: dict[str, list[float]] = {"bare_client": [], "batch_base_url": [], "batch_model_path": []}
         for number in range(rounds):
@@ -119,6 +119,12 @@ def engine(base_url: str, model_path: str, prompts: int = 64, new_tokens: int = 
     }
     jdump(result, os.path.join(RESULTS, "inference_engine.json"))
     print(json.dumps(result, indent=1))
+
+
+async def only_model(base_url: str) -> str:
+    """Asks a server which model it has."""
+    async with Client(base_url, api="completions") as client:
+        return await client.only_model()
 
 
 async def bare(base_url: str, model: str, tasks: list[dict], new_tokens: int) -> list[str]:

@@ -23,13 +23,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from alpaca.cli import UserError, run_cli
-from alpaca.client import Client
 from alpaca.files import jdump, jload
 from alpaca.inference.batch import load_instances
 from alpaca.inference.engine import NEUTRAL
 from alpaca.prompts import format_prompt
 from alpaca.records import load_records
 from benchmarks.data_quality import update_tables
+from benchmarks.inference import only_model
 from benchmarks.provenance import RESULTS, ROOT, provenance
 from demo.__main__ import free_port
 
@@ -148,7 +148,7 @@ def measure(url: str, model: str, folder: str, expected: list[str]) -> dict:
         room, as the journal has them. `equal`: greedy answers equal to those in process. `template`: prompts that chat
         and the training template answer alike.
     """
-    name = model or asyncio.run(Client(url, api="completions").only_model())
+    name = model or asyncio.run(only_model(url))
     return {
         "generator": generate(url, name, os.path.join(ROOT, "prompt.txt"), folder),
         "too_long": generate(url, name, long_prompt(folder), folder)["reasons"].get("prompt_too_long", 0),
