@@ -44,7 +44,7 @@ MIX = {  # measure_mix's counts, with the words for them
     "tabular": "outputs with a table, JSON or CSV",
     "colon_openers": "instructions that open with one to five words and a colon",
 }
-
+# Those of MIX that two data sets are compared by.
 COMPARED = ("long_outputs", "long_inputs", "code", "tabular")
 
 _parse = functools.cache(parse_by_rules)  # the samples overlap
@@ -90,15 +90,7 @@ def measure_at_size(examples: list[dict[str, str]], size: int) -> dict[str, floa
     """Measures diversity as the mean over random samples of `size` records, or once if there are no more than that."""
     draws = [random.Random(i).sample(examples, size) for i in range(SAMPLES)] if len(examples) > size else [examples]
     found = [{**measure_mix(draw, {}), **measure_quality(draw)} for draw in draws]
-    names = (
-        "root_verbs",
-        "verb_object_pairs",
-        "mean_nearest_rouge_l",
-        "long_outputs",
-        "long_inputs",
-        "code",
-        "tabular",
-    )
+    names = ("root_verbs", "verb_object_pairs", "mean_nearest_rouge_l", *COMPARED)
     return {"size": size, "samples": len(draws)} | {name: statistics.mean(f[name] for f in found) for name in names}
 
 
@@ -172,10 +164,7 @@ def comparison_table(names: list[str], found: list[dict]) -> str:
         ["distinct root verbs", *(f"{q['root_verbs']:.0f}" for q in found)],
         ["distinct verb-object pairs", *(f"{q['verb_object_pairs']:.0f}" for q in found)],
         ["mean ROUGE-L F to the nearest other instruction", *(f"{q['mean_nearest_rouge_l']:.3f}" for q in found)],
-        *(
-            [MIX[n], *(f"{q[n] / q['size']:.1%}" for q in found)]
-            for n in ("long_outputs", "long_inputs", "code", "tabular")
-        ),
+        *([MIX[name], *(f"{q[name] / q['size']:.1%}" for q in found)] for name in COMPARED),
     ]
     return _table([f"at {found[0]['size']:,} records", *(f"`{name}`" for name in names)], rows)
 

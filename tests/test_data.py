@@ -1,5 +1,6 @@
 """What the project ships: seed tasks, prompt, recorded completions, and the data that the pipeline makes of them."""
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -208,6 +209,7 @@ def test_answers_go_from_a_word_to_hundreds(examples):
     assert min(lengths) == 1
     assert max(lengths) >= 400
     assert sum(n > 150 for n in lengths) / len(lengths) >= 0.14
+    assert max(collections.Counter((n - 1) // 15 for n in lengths).values()) / len(lengths) <= 0.12
     assert sum(len(example["input"].split()) > 100 for example in examples) / len(examples) >= 0.09
 
 

@@ -219,7 +219,7 @@ def disk_watched(output_dir: str, advice: Callable[[str], str] | None = None) ->
         # torch.save reports a full disk as a broken zip file
         if not (of_disk or isinstance(error, SafetensorError) or "inline_container" in str(error)):
             raise
-        free = size_text(shutil.disk_usage(output_dir).free)
+        free = size_text(shutil.disk_usage(nearest_existing(output_dir)).free)  # other machines may lack the folder
         reason = " ".join(str(error).split())
         advice = (advice or last_good)(output_dir)
         raise UserError(f"cannot save into {output_dir}, {free} free ({reason}). {advice}") from error
